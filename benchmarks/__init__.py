@@ -1,0 +1,1 @@
+"""Commands that measure: learning, speed and editing quality."""

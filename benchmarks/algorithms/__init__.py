@@ -1,0 +1,1 @@
+"""Which RL settings learn, judged on the shapes world beside a random-reward control."""

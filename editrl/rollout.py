@@ -1,0 +1,127 @@
+"""Sampling: policy + kernel + conditions -> `Trajectory`, with noise that depends on nothing but what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from editrl.data import EditExample
+from editrl.flow import get_kernel, sigma_schedule
+from editrl.policy import Conditions, FlowPolicy
+
+INITIAL = 2**32 - 1
+"""The denoising step under which a sample's initial noise is drawn (no real step has this number)."""
+
+
+def counter_noise(shape: Sequence[int], *key: int) -> Tensor:
+    """Standard normal float32 [*shape] on the CPU, a pure function of the integers in `key`.
+
+    No generator is carried along: whoever asks for (seed, group, member, step) gets the same noise, on any rank, with
+    any batch size, after a resume. `numpy.random.SeedSequence` mixes the key, so neighbouring keys are independent.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_noise(shape: Sequence[int], seed: int, groups: Sequence[int], members: Sequence[int], step: int) -> Tensor:
+    """`counter_noise` for B samples: float32 [B, *shape]."""
+    keys = zip(groups, members, strict=True)
+    return torch.stack([counter_noise(shape, seed, int(group), int(member), step) for group, member in keys])
+
+
+@dataclass
+class Trajectory:
+    """What a rollout leaves: the clean latents, and for the W trained steps everything a replay needs.
+
+    Only the window is kept, because whole trajectories of a video model are gigabytes.
+    """
+
+    clean: Tensor
+    """Final latents [B,C,f,h,w]."""
+    steps: list[int]
+    """Indices into the schedule of the W window steps."""
+    latents: list[Tensor]
+    """Per window step, the state before it [B,C,f,h,w]."""
+    next_latents: list[Tensor]
+    """Per window step, the state after it [B,C,f,h,w]."""
+    means: list[Tensor]
+    """Per window step, the old policy's mean [B,C,f,h,w]."""
+    log_probs: list[Tensor]
+    """Per window step, the old policy's log-prob [B]."""
+
+
+@torch.no_grad()
+def rollout(
+    policy: FlowPolicy,
+    transformer: nn.Module,
+    conditions: Conditions,
+    *,
+    sigmas: Tensor,
+    kernel=None,
+    window: Sequence[int] = (),
+    initial_noise: Tensor,
+    step_noise: Callable[[int], Tensor] | None = None,
+) -> Trajectory:
+    """Integrate sigma 1 -> 0 for B samples: Euler steps outside the window, the stochastic kernel inside it.
+
+    Args:
+        policy, transformer: whose velocity; the transformer may be wrapped.
+        conditions: of the B samples.
+        sigmas: [T+1] from `sigma_schedule`, the same tensor that training uses.
+        kernel: of the window, from `editrl.flow.get_kernel`.
+        window: indices of the stochastic steps, a subset of range(T); empty for a plain ODE rollout.
+        initial_noise: [B,C,f,h,w] at sigma 1.
+        step_noise: denoising step -> standard normal [B,C,f,h,w]; needed when the window is not empty.
+
+    The state is float32 throughout, so what is stored is exactly what was scored.
+    """
+    ode = get_kernel("ode")
+    latents = initial_noise.to(policy.device, torch.float32)
+    trajectory = Trajectory(latents, [], [], [], [], [])
+    for step in range(len(sigmas) - 1):
+        sigma, sigma_next = sigmas[step].to(latents.device), sigmas[step + 1].to(latents.device)
+        velocity = policy.velocity(transformer, latents, sigma, conditions)
+        if step not in window:
+            latents = ode.step(latents, velocity, sigma, sigma_next).next_sample
+            continue
+        noise = step_noise(step).to(latents.device)
+        transition = kernel.step(latents, velocity, sigma, sigma_next, noise=noise)
+        trajectory.steps.append(step)
+        trajectory.latents.append(latents)
+        trajectory.next_latents.append(transition.next_sample)
+        trajectory.means.append(transition.mean)
+        trajectory.log_probs.append(transition.log_prob)
+        latents = transition.next_sample
+    trajectory.clean = latents
+    return trajectory
+
+
+@torch.no_grad()
+def edit_examples(
+    policy: FlowPolicy,
+    transformer: nn.Module,
+    examples: Sequence[EditExample],
+    *,
+    num_inference_steps: int,
+    shift: float,
+    noise_keys: Sequence[tuple[int, ...]],
+    batch_size: int = 8,
+) -> list[Tensor]:
+    """Edit examples by the plain ODE; clips [F,3,H,W] float32 in [0,1].
+
+    `noise_keys` gives each example the key of its `counter_noise`: the same key, the same edit.
+    """
+    sigmas = sigma_schedule(num_inference_steps, shift)
+    videos: list[Tensor] = []
+    for start in range(0, len(examples), batch_size):
+        part = slice(start, start + batch_size)
+        conditions = policy.encode(examples[part]).to(policy.device)
+        shape = policy.latent_shape(conditions)
+        noise = torch.stack([counter_noise(shape, *key) for key in noise_keys[part]])
+        trajectory = rollout(policy, transformer, conditions, sigmas=sigmas, kernel=None, initial_noise=noise)
+        videos.extend(policy.decode(trajectory.clean))
+    return videos

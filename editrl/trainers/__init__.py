@@ -1,0 +1,7 @@
+"""The trainers: `transformers.Trainer` plus what SFT and RL of a flow-matching editor add."""
+
+from editrl.trainers.config import FlowGRPOConfig, FlowSFTConfig
+from editrl.trainers.grpo import FlowGRPOTrainer
+from editrl.trainers.sft import FlowSFTTrainer
+
+__all__ = ["FlowGRPOConfig", "FlowGRPOTrainer", "FlowSFTConfig", "FlowSFTTrainer"]

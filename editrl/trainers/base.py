@@ -1,0 +1,184 @@
+"""What SFT and GRPO share on top of `transformers.Trainer`: metrics, EMA, and checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from huggingface_hub import save_torch_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from editrl.errors import EditrlError
+from editrl.policy import FlowPolicy
+from editrl.trainers.config import FlowConfig
+
+COMPLETE = "complete"
+"""Last file of a checkpoint: a folder without it was cut off while being written."""
+
+EMA_FILE = "ema.pt"
+
+
+class FlowTrainer(Trainer):
+    """Base of the trainers; trains `policy.transformer`, whole or through PEFT adapters."""
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        args: FlowConfig,
+        train_dataset=None,
+        eval_dataset=None,
+        peft_config: PeftConfig | None = None,
+        callbacks=None,
+    ):
+        self.policy = policy
+        policy.transformer.requires_grad_(peft_config is None)
+        if args.gradient_checkpointing:
+            policy.transformer.enable_gradient_checkpointing()
+            args.gradient_checkpointing = False  # transformers would call a method that diffusers' models do not have
+        if peft_config is not None:
+            policy.transformer = get_peft_model(policy.transformer, peft_config)
+        super().__init__(
+            model=policy.transformer,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        for module in policy.frozen_modules():
+            module.to(args.device)
+        self.model_accepts_loss_kwargs = False  # losses are means over a micro-batch
+        self._means: dict[str, list] = defaultdict(list)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._logged_step = 0
+        self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay else None
+        if self.ema is not None:
+            self.ema.to(args.device)
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimizer sees."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # Metrics. Tensors stay on their device until they are logged, so that no step waits for the GPU.
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Add a value to the mean that is logged under `name` next."""
+        self._means[name].append(value.detach().float() if isinstance(value, Tensor) else value)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str):
+        """Add the seconds of a block to `seconds/<phase>`, logged a step."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[phase] += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._drain_metrics()
+            if not math.isfinite(logs["loss"]):
+                raise EditrlError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate or check the data"
+                )
+        super().log(logs, start_time)
+
+    def _drain_metrics(self) -> dict[str, float]:
+        steps = max(self.state.global_step - self._logged_step, 1)
+        means = {name: float(torch.as_tensor(values).float().nanmean()) for name, values in self._means.items()}
+        means |= {f"seconds/{phase}": seconds / steps for phase, seconds in self._seconds.items()}
+        self._means.clear()
+        self._seconds.clear()
+        self._logged_step = self.state.global_step
+        if self.accelerator.num_processes > 1:
+            values = torch.tensor(list(means.values()), device=self.args.device)
+            means = dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        return means
+
+    # Exponential moving average.
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Within the block the model holds the moving average, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.trained_parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        # Runs once after each optimizer step, before that step is evaluated or saved.
+        if self.ema is not None and self.ema.optimization_step < self.state.global_step:
+            self.ema.step(self.trained_parameters())
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # Checkpoints.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir) / "transformer"
+            model.save_config(folder)
+            save_torch_state_dict(
+                state_dict or model.state_dict(),
+                folder,
+                filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = self.accelerator.unwrap_model(model or self.model)
+        if isinstance(model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(model).from_pretrained(resume_from_checkpoint, subfolder="transformer")
+            model.load_state_dict(saved.state_dict())
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.ema is not None:
+                torch.save(self.ema.state_dict(), folder / EMA_FILE)
+            (folder / COMPLETE).touch()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.ema is not None:
+            self.ema.load_state_dict(torch.load(Path(checkpoint) / EMA_FILE, weights_only=True))
+            self.ema.to(self.args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `transformers.Trainer.train`; `True` resumes from the newest complete checkpoint of `output_dir`."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / COMPLETE).exists():
+            raise EditrlError(
+                f"'{resume_from_checkpoint}' is no complete checkpoint (it has no file '{COMPLETE}'); "
+                "resume from an earlier one"
+            )
+        return super().train(resume_from_checkpoint, **kwargs)
+
+
+def newest_checkpoint(output_dir: str | os.PathLike) -> str:
+    """The complete checkpoint of `output_dir` with the highest step; `EditrlError` where there is none."""
+    folders = [marker.parent for marker in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    if not folders:
+        raise EditrlError(f"no complete checkpoint in '{output_dir}' to resume from; start without resuming")
+    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2])))

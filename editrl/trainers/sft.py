@@ -1,0 +1,159 @@
+"""Supervised fine-tuning: (masked) flow matching on source -> target pairs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from editrl.data import EditDataset, EditExample
+from editrl.errors import EditrlError
+from editrl.flow import flow_matching_loss
+from editrl.policy import Conditions, FlowPolicy
+from editrl.rollout import INITIAL, counter_noise
+from editrl.trainers.base import FlowTrainer
+from editrl.trainers.config import FlowSFTConfig
+
+EVALUATION = 2**32 - 2
+"""The step under which evaluation draws its noise: the same at every evaluation."""
+
+
+class NumberedExamples(Dataset):
+    """`dataset` as (index, example) pairs; the example is None where the trainer keeps it encoded."""
+
+    def __init__(self, dataset: EditDataset, decode: bool = True):
+        self.dataset, self.decode = dataset, decode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, EditExample | None]:
+        return index, self.dataset[index] if self.decode else None
+
+
+class FlowSFTTrainer(FlowTrainer):
+    """Trains a policy on pairs with the rectified-flow loss `mean (1 + w_m M) (v - (noise - clean))^2`.
+
+    Examples of different sizes may share a batch (images are one-frame clips): each size is run by itself.
+    """
+
+    def __init__(
+        self,
+        policy: FlowPolicy,
+        args: FlowSFTConfig,
+        train_dataset: EditDataset,
+        eval_dataset: EditDataset | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        for dataset in filter(None, [train_dataset, eval_dataset]):
+            for index in range(len(dataset)):
+                if dataset.row(index).get("target") is None:
+                    raise EditrlError(
+                        f"row '{dataset.row(index).get('id', index)}' has no target clip; SFT needs one in every row"
+                    )
+        self._cache: dict[tuple[str, int], tuple[Conditions, Tensor, Tensor]] = {}
+        decode = not args.cache_conditions
+        super().__init__(
+            policy,
+            args,
+            NumberedExamples(train_dataset, decode),
+            NumberedExamples(eval_dataset, decode) if eval_dataset is not None else None,
+            peft_config,
+            callbacks,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        return self._batch_loss(model, inputs, self.train_dataset, "train", self.state.global_step).mean()
+
+    def _batch_loss(
+        self, model, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, split: str, step: int
+    ) -> Tensor:
+        """Losses [B], in the order of the shapes met."""
+        by_shape: dict[tuple, list] = defaultdict(list)
+        for index, example in batch:
+            encoded = self._encoded(index, example, numbered, split)
+            by_shape[encoded[1].shape].append((index, encoded))
+        losses = []
+        for items in by_shape.values():
+            indices = [index for index, _ in items]
+            conditions, clean, mask = zip(*(encoded for _, encoded in items), strict=True)
+            losses.append(
+                self._shape_loss(
+                    model, indices, Conditions.concatenate(conditions), torch.cat(clean), torch.cat(mask), step
+                )
+            )
+        return torch.cat(losses)
+
+    def _shape_loss(self, model, indices, conditions: Conditions, clean: Tensor, mask: Tensor, step: int) -> Tensor:
+        device = self.args.device
+        conditions, clean, mask = conditions.to(device), clean.to(device), mask.to(device)
+        shape = clean.shape[1:]
+        noise = torch.stack([counter_noise(shape, self.args.seed, step, index) for index in indices]).to(device)
+        sigma = self._sigmas(indices, step).to(device)
+        sigma_map = sigma.view(-1, *[1] * len(shape))
+        latents = (1 - sigma_map) * clean + sigma_map * noise
+        velocity = self.policy.velocity(model, latents, sigma, conditions)
+        return flow_matching_loss(velocity, clean, noise, mask=mask, mask_weight=self.args.mask_weight)
+
+    def _sigmas(self, indices: Sequence[int], step: int) -> Tensor:
+        """Training noise levels [B]: logit-normal (Stable Diffusion 3) or uniform, then shifted."""
+        normal = torch.cat([counter_noise((1,), self.args.seed, step, index, INITIAL) for index in indices])
+        cdf = torch.special.ndtr(normal)
+        uniform = torch.sigmoid(normal) if self.args.timestep_sampling == "logit_normal" else cdf
+        return self.args.shift * uniform / (1 + (self.args.shift - 1) * uniform)
+
+    def _encoded(self, index: int, example: EditExample | None, numbered: NumberedExamples, split: str):
+        """Conditions, target latents [1,...] and latent mask [1,1,f,h,w] of one example, from the cache if it is kept."""
+        if example is not None:
+            return self._encode([example])[0]
+        if (split, index) not in self._cache:
+            # Filled in runs, because frozen models are far faster on batches.
+            run = [i for i in range(index, min(index + 64, len(numbered))) if (split, i) not in self._cache]
+            for i, encoded in zip(run, self._encode([numbered.dataset[i] for i in run]), strict=True):
+                conditions, clean, mask = encoded
+                self._cache[split, i] = conditions.to("cpu"), clean.cpu(), mask.cpu()
+        return self._cache[split, index]
+
+    def _encode(self, examples: Sequence[EditExample]) -> list[tuple[Conditions, Tensor, Tensor]]:
+        by_shape: dict[tuple, list[int]] = defaultdict(list)
+        for position, example in enumerate(examples):
+            by_shape[example.source.shape].append(position)
+        encoded = {}
+        for positions in by_shape.values():
+            part = [examples[position] for position in positions]
+            conditions = self.policy.encode(part)
+            clean = self.policy.encode_videos(torch.stack([example.target for example in part]))
+            masks = [
+                example.mask if example.mask is not None else torch.zeros_like(example.source[:, :1])
+                for example in part
+            ]
+            latent_masks = self.policy.latent_mask(torch.stack(masks).to(clean.device))
+            for row, position in enumerate(positions):
+                one = slice(row, row + 1)
+                encoded[position] = conditions[one], clean[one], latent_masks[one]
+        return [encoded[position] for position in range(len(examples))]
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss on the evaluation set, with the moving average if there is one, and fixed noise."""
+        numbered = self.eval_dataset if eval_dataset is None else NumberedExamples(eval_dataset)
+        size = self.args.per_device_eval_batch_size
+        mine = range(self.args.process_index, len(numbered), self.args.world_size)
+        losses = []
+        with self.averaged_weights():
+            for start in range(0, len(mine), size):
+                batch = [numbered[index] for index in mine[start : start + size]]
+                losses.append(self._batch_loss(self.model_wrapped, batch, numbered, "eval", EVALUATION))
+        losses = torch.cat(losses) if losses else torch.zeros(0, device=self.args.device)
+        totals = torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=self.args.device)])
+        total, count = self.accelerator.reduce(totals, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,1 @@
+"""Policy adapters, one folder a model family, found through the `editrl.policies` entry points."""

@@ -1,0 +1,1 @@
+"""HunyuanVideo with source latents on channels and a LLaVA instructor."""

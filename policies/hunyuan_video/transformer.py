@@ -1,0 +1,85 @@
+"""HunyuanVideo's transformer with the source clip's latents joined on channels."""
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoPatchEmbed
+from torch import Tensor, nn
+
+
+class SourcePatchEmbed(HunyuanVideoPatchEmbed):
+    """`Projector(concat(P_noise(noisy latents), P_source(source latents)))`, the patch embedding of VIVA.
+
+    `proj` is the stock embedding of the noisy latents under its stock name, so a text-to-video checkpoint fills it. The
+    projector starts as the identity on the noise half and zero on the source half: at step 0 the model *is* the
+    text-to-video model, while gradients do reach the source half.
+
+    Input [B, noise channels + source channels, f, h, w]; output [B, tokens, embed_dim].
+    """
+
+    def __init__(self, patch_size: tuple[int, int, int], noise_channels: int, source_channels: int, embed_dim: int):
+        super().__init__(patch_size, noise_channels, embed_dim)
+        self.noise_channels = noise_channels
+        self.source_proj = nn.Conv3d(source_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.projector = nn.Linear(2 * embed_dim, embed_dim, bias=False)
+        with torch.no_grad():
+            self.projector.weight.copy_(torch.eye(embed_dim, 2 * embed_dim))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        noise, source = hidden_states.tensor_split([self.noise_channels], dim=1)
+        tokens = torch.cat([self.proj(noise), self.source_proj(source)], dim=1)
+        return self.projector(tokens.flatten(2).transpose(1, 2))
+
+
+class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
+    """Stock `HunyuanVideoTransformer3DModel` whose input carries `source_channels` more channels: [noise | source].
+
+    A registered subclass rather than a swapped attribute: `from_pretrained` builds the class from its config, and an
+    embedding swapped onto an instance would be lost there with a warning only.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 128,
+        num_layers: int = 20,
+        num_single_layers: int = 40,
+        num_refiner_layers: int = 2,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 2,
+        patch_size_t: int = 1,
+        qk_norm: str = "rms_norm",
+        guidance_embeds: bool = True,
+        text_embed_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        rope_theta: float = 256.0,
+        rope_axes_dim: tuple[int, ...] = (16, 56, 56),
+        image_condition_type: str | None = None,
+        source_channels: int = 16,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            num_refiner_layers=num_refiner_layers,
+            mlp_ratio=mlp_ratio,
+            patch_size=patch_size,
+            patch_size_t=patch_size_t,
+            qk_norm=qk_norm,
+            guidance_embeds=guidance_embeds,
+            text_embed_dim=text_embed_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            rope_theta=rope_theta,
+            rope_axes_dim=rope_axes_dim,
+            image_condition_type=image_condition_type,
+        )
+        embed_dim = num_attention_heads * attention_head_dim
+        self.x_embedder = SourcePatchEmbed(
+            (patch_size_t, patch_size, patch_size), in_channels, source_channels, embed_dim
+        )

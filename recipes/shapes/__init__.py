@@ -1,0 +1,1 @@
+"""The embedded world: short clips of moving coloured shapes with exact ground truth."""

@@ -1,0 +1,1 @@
+"""VIVA: instruction editing with a VLM-conditioned HunyuanVideo (YAML recipes)."""

@@ -1,0 +1,1 @@
+"""Ready-made reward plugins, found through the `editrl.rewards` entry points."""
