@@ -83,7 +83,7 @@ def rollout(
     latents = initial_noise.to(policy.device, torch.float32)
     trajectory = Trajectory(latents, [], [], [], [], [])
     for step in range(len(sigmas) - 1):
-        sigma, sigma_next = sigmas[step].to(latents.device), sigmas[step + 1].to(latents.device)
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]  # on the CPU: the kernels read their values
         velocity = policy.velocity(transformer, latents, sigma, conditions)
         if step not in window:
             latents = ode.step(latents, velocity, sigma, sigma_next).next_sample

@@ -97,7 +97,10 @@ class Backbone:
                 raise EditrlError(
                     f"clip {i} is {clip.dtype} {list(clip.shape)}: CLIP takes float [F,3,H,W] in [0,1], F at least 1."
                 )
-        pixels = torch.cat([self.preprocess(clip.to(self.device)).to(self.dtype) for clip in clips])
+        clips = [clip.to(self.device) for clip in clips]
+        one_size = len({clip.shape[1:] for clip in clips}) == 1
+        parts = [torch.cat(clips)] if one_size else clips  # many small clips are far faster preprocessed at once
+        pixels = torch.cat([self.preprocess(part).to(self.dtype) for part in parts])
         features = torch.cat([self.image_features(part) for part in pixels.split(frames_per_forward)])
         return list(normalize(features.float(), dim=-1).split([len(clip) for clip in clips]))
 

@@ -1,7 +1,7 @@
 """Tensor maths of flow-matching RL: schedule, transition kernels, objectives, advantages. Imports torch only."""
 
 from .advantages import group_advantages, zero_std_groups
-from .kernels import CPS, ODE, DanceSDE, FlowSDE, Transition, get_kernel
+from .kernels import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, get_kernel
 from .objectives import (
     PolicyLoss,
     flow_matching_loss,
@@ -17,6 +17,7 @@ __all__ = [
     "ODE",
     "DanceSDE",
     "FlowSDE",
+    "Kernel",
     "PolicyLoss",
     "Transition",
     "flow_matching_loss",

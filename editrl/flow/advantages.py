@@ -27,7 +27,7 @@ def group_advantages(
     `scale` is the group's standard deviation ("group"), the batch's ("batch", of the raw values, so differences between
     groups count), or 1 ("none", Dr. GRPO). Standard deviations are of the population (divided by n) plus 1e-4.
 
-    A group in which a value has no spread gives 0. A missing value (NaN) is left out of its reward's means and
+    A group in which a value has no spread gives exactly 0. A missing value (NaN) is left out of its reward's means and
     standard deviations and contributes 0; a sample with none at all gets 0. Rewards of weight 0 have no influence.
 
     Args:
@@ -112,7 +112,7 @@ def _values_and_groups(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tens
 def _normalize(values: Tensor, groups: Tensor, scale: str) -> Tensor:
     """(value - group mean) / scale, [N, K]; 0 where a value is missing or its group has no spread."""
     centred = (values - _group_mean(values, groups)[groups]).nan_to_num(nan=0.0)
-    # The mean of equal numbers can miss them by a rounding error, which a division by 1e-4 and less would blow up.
+    # The mean of equal numbers can miss them by a rounding error, but a group that teaches nothing must give exactly 0.
     centred = centred * _has_spread(values, groups)[groups]
     if scale == "none":
         return centred

@@ -51,12 +51,12 @@ def _step(
 
     Args:
         sample: latents at `sigma`, [B, ...], any floating dtype.
-        velocity: the model's noise - clean, same shape, any floating dtype; the only input that gets a gradient.
+        velocity: the model's noise - clean, same shape, any floating dtype; its gradient comes through the mean.
         sigma, sigma_next: noise levels in [0, 1], float, 0-d or [B]; sigma_next < sigma. Keep tensors on the CPU: the
             checks read their values, which for a GPU tensor waits for the GPU.
         noise: standard normal, same shape; draws `mean + std * noise`.
-        next_sample: the stored next latent, same shape; scored as it is. A stochastic kernel takes exactly one of
-            `noise` and `next_sample`; `ode` needs neither.
+        next_sample: the stored next latent, same shape. A stochastic kernel takes exactly one of `noise` and
+            `next_sample`; `ode` needs neither.
 
     Returns:
         Transition(next_sample, mean, std, log_prob).

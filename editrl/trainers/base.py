@@ -88,7 +88,7 @@ class FlowTrainer(Trainer):
             logs |= self._drain_metrics()
             if not math.isfinite(logs["loss"]):
                 raise EditrlError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate or check the data"
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate or check the clips"
                 )
         super().log(logs, start_time)
 

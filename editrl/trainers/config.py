@@ -113,10 +113,11 @@ class FlowGRPOConfig(FlowConfig):
     beta: float = field(
         default=0.0, metadata={"help": "Weight of the Gaussian KL (mean over elements) to the reference."}
     )
-    timestep_weighting: str = field(
-        default="uniform_gradient",
+    timestep_weighting: str | None = field(
+        default=None,
         metadata={
-            "help": "Weight of each window step; uniform_gradient evens out their gradient scale.",
+            "help": "Weight of each window step; uniform_gradient evens out their gradient scale. "
+            "Default: uniform_gradient for grpo, none for grpo_guard, whose gradient scale is even by itself.",
             "choices": ["none", "uniform_gradient"],
         },
     )
@@ -146,6 +147,8 @@ class FlowGRPOConfig(FlowConfig):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(self.num_generations >= 2, "num_generations must be at least 2: a group of one has no advantage")
         self.epsilon = DEFAULT_EPSILON[self.loss_type] if self.epsilon is None else self.epsilon
+        if self.timestep_weighting is None:
+            self.timestep_weighting = "none" if self.loss_type == "grpo_guard" else "uniform_gradient"
         self._set_window()
         self._set_batch_sizes()
 
@@ -183,7 +186,7 @@ class FlowGRPOConfig(FlowConfig):
         require(
             self.generation_batch_size % device_batch == 0,
             f"generation_batch_size {self.generation_batch_size} must be a multiple of per_device_train_batch_size * "
-            f"processes = {device_batch}: a micro-batch repeats the batch of its rollout, or its log-probs would differ",
+            f"processes = {device_batch}: a micro-batch replays exactly one batch of the rollout",
         )
         self.steps_per_generation = self.generation_batch_size * window // device_batch
         micro_batches = self.steps_per_generation * self.num_iterations

@@ -7,7 +7,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,15 +76,19 @@ class FlowGRPOTrainer(FlowTrainer):
         eval_dataset: EditDataset | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        metric_funcs: Sequence[Reward] | RewardSet = (),
+        metric_funcs: Sequence[Reward] | RewardSet | None = None,
     ):
         self.rewards = as_reward_set(reward_funcs, args.reward_weights)
-        self.watched = as_reward_set(metric_funcs) if metric_funcs else None
+        self.watched = as_reward_set(metric_funcs) if metric_funcs is not None else None
         for dataset in filter(None, [train_dataset, eval_dataset]):
             for scorer in filter(None, [self.rewards, self.watched]):
                 scorer.check(dataset)
         self.sigmas = sigma_schedule(args.num_inference_steps, args.shift)
-        noise = {} if args.noise_level is None else {"eta" if args.sde_kernel == "dance_sde" else "a": args.noise_level}
+        noise = (
+            {}
+            if args.noise_level is None
+            else {"eta" if args.sde_kernel == "dance_sde" else "noise_level": args.noise_level}
+        )
         self.kernel = get_kernel(args.sde_kernel, **noise)
         self._micro_batches: list[MicroBatch] = []
         self._micro_step = 0
@@ -116,7 +119,7 @@ class FlowGRPOTrainer(FlowTrainer):
             groups,
             batch_size=args.generation_batch_size // args.world_size,
             sampler=sampler,
-            collate_fn=partial(torch.tensor, dtype=torch.int64),
+            collate_fn=lambda numbers: {"numbers": torch.tensor(numbers)},
         )
         return self.accelerator.prepare(loader)
 
@@ -126,11 +129,11 @@ class FlowGRPOTrainer(FlowTrainer):
             return math.ceil(args.max_steps / args.updates_per_generation)
         return math.ceil(args.num_train_epochs * len(self.train_dataset) / args.groups_per_generation)
 
-    def _prepare_inputs(self, inputs: Tensor) -> MicroBatch:
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> MicroBatch:
         """The next micro-batch; a new rollout whenever the last one is used up."""
         per_generation = self.args.steps_per_generation * self.args.num_iterations
         if self._micro_step % per_generation == 0:
-            self._micro_batches = self._generate(inputs.tolist())
+            self._micro_batches = self._generate(inputs["numbers"].tolist())
         micro_batch = self._micro_batches[self._micro_step % self.args.steps_per_generation]
         self._micro_step += 1
         return micro_batch
@@ -179,7 +182,7 @@ class FlowGRPOTrainer(FlowTrainer):
         ]
 
     def _window(self, generation: int) -> range:
-        """The stochastic steps of a rollout; one window for all groups, or their updates would differ in noise level."""
+        """The stochastic steps of a rollout; one window for all groups, so that their updates share a noise level."""
         start, stop = self.args.sde_window_range
         if self.args.sde_window == "random":
             places = stop - start - self.args.sde_window_size + 1
@@ -214,7 +217,8 @@ class FlowGRPOTrainer(FlowTrainer):
         weights = self.rewards.weights.to(device)
         self.record("reward", (rewards.nan_to_num() * weights).sum(1).mean())
         if self.watched is not None:
-            self._record_scores(self.watched, self.accelerator.gather(self.watched(videos, columns).to(device)))
+            watched = self.accelerator.gather(self.watched(videos, columns).to(device))
+            self._record_scores(self.watched, watched, "metrics")
         advantages = group_advantages(
             rewards,
             group_ids,
@@ -227,11 +231,11 @@ class FlowGRPOTrainer(FlowTrainer):
         first = args.process_index * len(groups)
         return advantages[first : first + len(groups)]
 
-    def _record_scores(self, scorer: RewardSet, scores: Tensor) -> None:
+    def _record_scores(self, scorer: RewardSet, scores: Tensor, kind: str = "rewards") -> None:
         for name, values in zip(scorer.names, scores.unbind(1), strict=True):
             known = values[~values.isnan()]
-            self.record(f"rewards/{name}/mean", known.mean())
-            self.record(f"rewards/{name}/std", known.std(correction=0))
+            self.record(f"{kind}/{name}/mean", known.mean())
+            self.record(f"{kind}/{name}/std", known.std(correction=0))
 
     def _write_videos(self, videos: list[Tensor], samples: list[EditExample], members: list[int]) -> None:
         args, step = self.args, self.state.global_step
@@ -262,7 +266,7 @@ class FlowGRPOTrainer(FlowTrainer):
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None) -> Tensor:
         args, batch = self.args, inputs
-        sigma, sigma_next = self.sigmas[batch.step].to(args.device), self.sigmas[batch.step + 1].to(args.device)
+        sigma, sigma_next = self.sigmas[batch.step], self.sigmas[batch.step + 1]
         velocity = self.policy.velocity(model, batch.latents, sigma, batch.conditions)
         replay = self.kernel.step(batch.latents, velocity, sigma, sigma_next, next_sample=batch.next_latents)
         shared = {
@@ -325,19 +329,21 @@ class FlowGRPOTrainer(FlowTrainer):
             )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean of every reward and metric over the evaluation set: `eval_rewards/<name>/mean`, and its seconds."""
+        """Means over the evaluation set: `eval_rewards/<name>/mean` and `eval_metrics/<name>/mean`."""
         args, dataset = self.args, eval_dataset or self.eval_dataset
         mine = range(args.process_index, len(dataset), args.world_size)
         videos = self.sample(dataset, mine)
         columns = reward_columns([dataset[index] for index in mine])
         metrics = {}
-        for scorer in filter(None, [self.rewards, self.watched]):
+        for kind, scorer in {"rewards": self.rewards, "metrics": self.watched}.items():
+            if scorer is None:
+                continue
             scores = scorer(videos, columns).to(args.device)
             known = ~scores.isnan()
             totals = torch.stack([scores.nan_to_num().sum(0), known.sum(0).float()])
             sums, counts = self.accelerator.reduce(totals, "sum")
             for name, mean in zip(scorer.names, (sums / counts).tolist(), strict=True):
-                metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = mean
+                metrics[f"{metric_key_prefix}_{kind}/{name}/mean"] = mean
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -109,7 +109,7 @@ class FlowSFTTrainer(FlowTrainer):
         return self.args.shift * uniform / (1 + (self.args.shift - 1) * uniform)
 
     def _encoded(self, index: int, example: EditExample | None, numbered: NumberedExamples, split: str):
-        """Conditions, target latents [1,...] and latent mask [1,1,f,h,w] of one example, from the cache if it is kept."""
+        """Conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w] of one example, from the cache if kept."""
         if example is not None:
             return self._encode([example])[0]
         if (split, index) not in self._cache:

@@ -57,9 +57,13 @@ def reference(rewards, groups, weights, aggregation, scale, clip):
 
 @st.composite
 def batches(draw, missing=True):
-    """rewards [N,K] on a grid of 1/64 (so that sums are exact), group ids of any sizes in any order, weights [K]."""
+    """rewards [N,K] on a grid of 1/64 (so that sums are exact), groups of any sizes in any order, weights [K].
+
+    An offset of 100,000 is what a mean or a standard deviation taken in float32 would not survive.
+    """
     num_samples, num_rewards = draw(st.integers(1, 16)), draw(st.integers(1, 3))
-    value = st.integers(-64, 64).map(lambda step: step / 64)
+    offset = draw(st.sampled_from([0, 100_000]))
+    value = st.integers(-64, 64).map(lambda step: offset + step / 64)
     value = st.one_of(value, st.just(float("nan"))) if missing else value
     row = st.lists(value, min_size=num_rewards, max_size=num_rewards)
     rewards = draw(st.lists(row, min_size=num_samples, max_size=num_samples))
@@ -148,9 +152,11 @@ def test_per_reward_normalisation_keeps_a_narrow_reward_alive():
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_give_exactly_zero_although_their_mean_rounds(aggregation, scale):
-    rewards = torch.full((7, 2), 0.1)
-    groups = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    assert group_advantages(rewards, groups, aggregation=aggregation, scale=scale).tolist() == [0.0] * 7
+    rewards = torch.full((7, 2), 0.1, dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 0, 0, 0, 0])
+    assert rewards[:, 0].sum() / 7 != rewards[0, 0]
+    options = {"weights": [0.3, 0.7], "aggregation": aggregation, "scale": scale}
+    assert group_advantages(rewards, groups, **options).tolist() == [0.0] * 7
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

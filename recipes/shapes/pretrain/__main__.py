@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import torch
-
 from transformers.utils import logging
 
 from editrl.recipes.shapes.pretrain import clip, editors, vae, vlm
