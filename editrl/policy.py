@@ -45,7 +45,8 @@ class Conditions:
 
         def move(tensor: Tensor) -> Tensor:
             moved = tensor.to(*args, **kwargs)
-            return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
+            # Not there and back: bfloat16 does not hold the integer 257.
+            return moved if tensor.is_floating_point() else tensor.to(moved.device)
 
         return self._map(move)
 

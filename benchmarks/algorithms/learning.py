@@ -1,8 +1,8 @@
-"""Does a trainer setting teach the shapes editor to edit? One run: `python -m editrl.benchmarks.algorithms.learning`.
+"""Does a setting teach the shapes editor to edit? One run: `python -m editrl.benchmarks.algorithms.learning --out FILE`.
 
 Starts from a shipped checkpoint, trains by GRPO on fresh training scenes, and judges the editor by the oracle on
-held-out scenes with fixed noise, before, during and after. `--reward random` is the control: what the optimizer does when there
-is nothing to learn. Results go to a JSON file after every evaluation, so a run that is cut off keeps what it measured.
+held-out scenes with fixed noise, before, during and after. `--reward random` is the control: what the optimizer does
+when there is nothing to learn. The file is written after every evaluation, so a run that is cut off keeps its results.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """`editrl grpo`: a recipe and a command line become a FlowGRPOTrainer."""
 
+import os
+
 
 def main(argv: list[str]) -> None:
     """Post-train an editor with GRPO on rewards."""
@@ -10,6 +12,11 @@ def main(argv: list[str]) -> None:
 
 def build(argv: list[str], command: str):
     """The trainer of a command line, and what it resumes from (None, True or a folder)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise looks for one, and says so in a warning
+
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from editrl.cli.arguments import DataArguments, PolicyArguments, RewardArguments, refuse_to_overwrite, resume_from

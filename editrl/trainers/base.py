@@ -87,9 +87,7 @@ class FlowTrainer(Trainer):
         if "loss" in logs:
             logs |= self._drain_metrics()
             if not math.isfinite(logs["loss"]):
-                raise EditrlError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate or check the clips"
-                )
+                raise EditrlError(f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate")
         super().log(logs, start_time)
 
     def _drain_metrics(self) -> dict[str, float]:

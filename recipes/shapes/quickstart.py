@@ -164,8 +164,8 @@ def _report(path: Path, trainer, shown, before, after, scenes, timings: dict) ->
     return write_report(
         path,
         title="Edit-GRPO on the shapes world",
-        intro=f"A tiny HunyuanVideo editor, trained by GRPO with the three rewards of VIVA. {CHECKPOINT} The cases are the "
-        f"first {SHOWN_PER_TASK} held-out scenes of every task; the oracle judges, and no reward sees it.",
+        intro=f"A tiny HunyuanVideo editor, trained by GRPO with the three rewards of VIVA. {CHECKPOINT} The cases are "
+        f"the first {SHOWN_PER_TASK} held-out scenes of every task; the oracle judges, and no reward sees it.",
         summary=_summary(history),
         curves=curves,
         cases=cases,

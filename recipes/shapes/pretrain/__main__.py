@@ -12,7 +12,7 @@ from editrl.recipes.shapes.pretrain.common import Options
 
 # Stage -> steps, batch size, learning rate.
 RECIPES = {
-    "vae": (8000, 128, 2e-3),
+    "vae": (4500, 64, 2e-3),
     "clip": (8000, 256, 1e-3),
     "pickscore": (2500, 256, 3e-4),
     "vlm": (5000, 256, 1e-3),
@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps (for a trial run)")
+    parser.add_argument("--steps", type=int, help="instead of the stage's own, for trial runs")
+    parser.add_argument("--batch_size", type=int, help="likewise")
+    parser.add_argument("--learning_rate", type=float, help="likewise")
     arguments = parser.parse_args()
     out, device = arguments.out, arguments.device
     for stage in arguments.stages:
@@ -40,7 +42,12 @@ def main() -> None:
         steps, batch_size, learning_rate = RECIPES[stage]
         folder = {"vae": out / "sft" / "vae", "vlm": out / "sft" / "vlm"}.get(stage, out / stage)
         options = Options(
-            folder, max(int(steps * arguments.scale), 2), batch_size, learning_rate, device, arguments.seed
+            folder,
+            arguments.steps or steps,
+            arguments.batch_size or batch_size,
+            arguments.learning_rate or learning_rate,
+            device,
+            arguments.seed,
         )
         train = {
             "vae": lambda o: vae.train(o),
