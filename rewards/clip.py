@@ -35,9 +35,8 @@ class ClipInstruction(BackboneReward):
         """N clips [F,3,H,W] in [0,1] and their captions -> N floats."""
         wanted, unwanted = self.backbone.embed_texts([*target_captions, *source_captions]).chunk(2)
         frames = self.embed_clips(videos, cache)
-        return [
-            (vectors @ direction).mean().item() for vectors, direction in zip(frames, wanted - unwanted, strict=True)
-        ]
+        scores = [(vectors @ direction).mean() for vectors, direction in zip(frames, wanted - unwanted, strict=True)]
+        return torch.stack(scores).tolist()  # one wait for the device, not one a clip
 
 
 @register_reward("clip_source_fidelity")
@@ -60,4 +59,4 @@ class ClipSourceFidelity(BackboneReward):
                     "give both the same number."
                 )
         pairs = zip(self.embed_clips(videos, cache), self.embed_clips(source_videos, cache), strict=True)
-        return [torch.linalg.vecdot(edited, source).mean().item() for edited, source in pairs]
+        return torch.stack([torch.linalg.vecdot(edited, source).mean() for edited, source in pairs]).tolist()

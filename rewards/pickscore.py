@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from editrl.registry import register_reward
@@ -43,7 +44,5 @@ class PickScore(BackboneReward):
         """N clips [F,3,H,W] in [0,1] and the captions of the wanted results -> N floats."""
         texts = self.backbone.embed_texts(target_captions)
         scale = math.exp(self.backbone.logit_scale) / 26
-        return [
-            scale * (vectors @ text).mean().item()
-            for vectors, text in zip(self.embed_clips(videos, cache), texts, strict=True)
-        ]
+        pairs = zip(self.embed_clips(videos, cache), texts, strict=True)
+        return torch.stack([scale * (vectors @ text).mean() for vectors, text in pairs]).tolist()

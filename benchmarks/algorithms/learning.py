@@ -1,4 +1,4 @@
-"""Does a setting teach the shapes editor to edit? One run: `python -m editrl.benchmarks.algorithms.learning --out FILE`.
+"""Does a setting teach the shapes editor? One run: `python -m editrl.benchmarks.algorithms.learning --out FILE`.
 
 Starts from a shipped checkpoint, trains by GRPO on fresh training scenes, and judges the editor by the oracle on
 held-out scenes with fixed noise, before, during and after. `--reward random` is the control: what the optimizer does
@@ -39,7 +39,7 @@ class RandomReward:
 
 def reward_set(kind: str, seed: int, weights: Path = WEIGHTS) -> editrl.RewardSet:
     """The rewards of an experiment: oracle | viva (the three of the paper) | random | source_fidelity."""
-    clip, pick = {"model": str(weights / "clip")}, {"model": str(weights / "pickscore")}
+    clip, pick = ({"model": str(weights / name), "frames_per_forward": 2048} for name in ("clip", "pickscore"))
     if kind == "viva":
         kwargs = {"clip_instruction": clip, "clip_source_fidelity": clip, "pickscore": pick}
         return editrl.RewardSet(list(kwargs), kwargs=kwargs)

@@ -1,15 +1,17 @@
 """The options of `editrl sft` and `editrl grpo` beside the trainer's own, and how they become objects."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 
 from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
-from editrl.registry import load_policy
+from editrl.registry import list_rewards, load_policy, policies
 from editrl.reward import RewardSet
 
 
@@ -35,7 +37,12 @@ class PolicyArguments:
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Modules that get an adapter."}
     )
 
-    def load_policy(self) -> FlowPolicy:
+    def find(self) -> type[FlowPolicy]:
+        """The policy's class, which knows the geometry of clips, and a look at the folder. Reads no weights."""
+        find_model(self.model_name_or_path, "model_name_or_path")
+        return policies.find(self.policy)
+
+    def load(self) -> FlowPolicy:
         """The editor."""
         return load_policy(self.policy, self.model_name_or_path, **self.policy_kwargs)
 
@@ -63,8 +70,8 @@ class DataArguments:
     )
     width: int | None = field(default=None, metadata={"help": "Resize and centre-crop to this width. Default: as is."})
 
-    def load(self, policy: FlowPolicy) -> tuple[EditDataset, EditDataset | None]:
-        """Training and evaluation set, their media checked before anything is trained."""
+    def load(self, policy: type[FlowPolicy]) -> list[EditDataset]:
+        """Training set and, if there is one, evaluation set; their media are checked."""
         datasets = [
             EditDataset.from_manifest(
                 manifest,
@@ -74,13 +81,12 @@ class DataArguments:
                 frame_multiple=policy.frame_multiple,
                 size_multiple=policy.size_multiple,
             )
-            if manifest
-            else None
             for manifest in (self.train_manifest, self.eval_manifest)
+            if manifest is not None
         ]
-        for dataset in filter(None, datasets):
+        for dataset in datasets:
             dataset.check()
-        return datasets[0], datasets[1]
+        return datasets
 
 
 @dataclass
@@ -97,30 +103,28 @@ class RewardArguments:
         default_factory=list, metadata={"help": "Rewards that are logged but never optimised."}
     )
 
-    def load(self, weights: list[float] | None) -> tuple[RewardSet, RewardSet | None]:
-        """The rewards that are optimised, and those that are watched."""
-        watched = {name.rpartition(":")[2] for name in self.metric_funcs}
-        optimised_kwargs = {name: value for name, value in self.reward_kwargs.items() if name not in watched}
-        watched_kwargs = {name: value for name, value in self.reward_kwargs.items() if name in watched}
-        rewards = RewardSet(self.reward_funcs, weights=weights, kwargs=optimised_kwargs)
-        return rewards, RewardSet(self.metric_funcs, kwargs=watched_kwargs) if self.metric_funcs else None
+    def load(self, weights: list[float] | None) -> list[RewardSet]:
+        """The rewards that are optimised and, if there are any, those that are watched."""
+        reward_sets = [RewardSet(self.reward_funcs, weights=weights, kwargs=self._kwargs(self.reward_funcs))]
+        if self.metric_funcs:
+            reward_sets.append(RewardSet(self.metric_funcs, kwargs=self._kwargs(self.metric_funcs)))
+        return reward_sets
+
+    def _kwargs(self, specs: Sequence[str]) -> dict[str, Any]:
+        """The constructor arguments of `specs`, and those of a name that nobody knows: the RewardSet refuses them.
+
+        A recipe's arguments of a reward that the command line left out are no mistake.
+        """
+        names = {spec.rpartition(":")[2] for spec in specs}
+        elsewhere = {spec.rpartition(":")[2] for spec in (*self.reward_funcs, *self.metric_funcs)} - names
+        elsewhere |= {entry.name for entry in list_rewards()} - names
+        return {name: value for name, value in self.reward_kwargs.items() if name not in elsewhere}
 
 
-def resumable(output_dir: str) -> bool:
-    """Whether a run in `output_dir` has begun."""
-    return any(Path(output_dir).glob("checkpoint-*"))
-
-
-def refuse_to_overwrite(args) -> None:
-    """Raise rather than mix a new run into the checkpoints of an old one."""
-    if args.resume_from_checkpoint is None and resumable(args.output_dir):
-        raise EditrlError(
-            f"output_dir '{args.output_dir}' holds the checkpoints of an earlier run; continue it with "
-            "--resume_from_checkpoint true, or choose another --output_dir"
-        )
-
-
-def resume_from(args) -> str | bool | None:
-    """`--resume_from_checkpoint`: `true` for the newest checkpoint of output_dir, or a folder."""
-    value = args.resume_from_checkpoint
-    return True if str(value).lower() == "true" else value
+def find_model(name_or_path: str, option: str) -> None:
+    """EditrlError for what is neither a folder nor can be a Hub id (`name` or `owner/name`)."""
+    try:
+        if not Path(name_or_path).is_dir():
+            validate_repo_id(name_or_path)
+    except HFValidationError as error:
+        raise EditrlError(f"{option}: there is no folder '{name_or_path}', and a Hub id is `owner/name`") from error

@@ -68,6 +68,8 @@ class _ConfigParser(OneLineErrors, TrlParser):
             hint = hints.get(action.dest)
             # --num-frames works as well as --num_frames; help and errors need only one of them
             action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
+            if action.nargs == "+":
+                action.nargs = "*"  # `--metric_funcs` without a value is the empty list
             if action.nargs in (None, "?") and not action.choices:
                 action.metavar = _name(hint)
             if any((get_origin(member) or member) is dict for member in _members(hint)):

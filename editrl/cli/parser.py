@@ -1,6 +1,7 @@
 """argparse with the house's errors: one line, with a suggestion, instead of the usage and an exit."""
 
 import argparse
+from collections.abc import Callable
 
 from editrl.errors import EditrlError, did_you_mean
 
@@ -30,3 +31,18 @@ class CommandParser(OneLineErrors, argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str | None = None, **options):
         super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+
+
+def number(kind: type, *, least: float | None = None, above: float | None = None) -> Callable[[str], float]:
+    """The `type` of an argument that has a bound: `number(int, least=1)`, `number(float, above=0)`."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if least is not None and not value >= least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f"must be above {above}, not {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read

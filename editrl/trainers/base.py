@@ -43,7 +43,8 @@ class FlowTrainer(Trainer):
         policy.transformer.requires_grad_(peft_config is None)
         if args.gradient_checkpointing:
             policy.transformer.enable_gradient_checkpointing()
-            args.gradient_checkpointing = False  # transformers would call a method that diffusers' models do not have
+            # Under its old name and its new one: transformers would call a method that diffusers' models do not have.
+            args.gradient_checkpointing = args.activation_checkpointing = False
         if peft_config is not None:
             policy.transformer = get_peft_model(policy.transformer, peft_config)
         super().__init__(

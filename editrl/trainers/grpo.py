@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
 from editrl.data import EditDataset, EditExample, write_video
 from editrl.flow import (
@@ -93,6 +93,7 @@ class FlowGRPOTrainer(FlowTrainer):
         self._micro_batches: list[MicroBatch] = []
         self._micro_step = 0
         super().__init__(policy, args, train_dataset, eval_dataset, peft_config, callbacks)
+        disable_dropout_in_model(self.model)  # the model that is updated must be the one that sampled
         for scorer in filter(None, [self.rewards, self.watched]):
             scorer.to(args.device)
         self.reference = self._full_reference() if args.beta and not isinstance(self.model, PeftModel) else None

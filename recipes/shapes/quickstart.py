@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-HELD_OUT = 128
 SHOWN_PER_TASK = 2
 SOURCES = {
     "oracle success": "eval_metrics/oracle_success/mean",
@@ -23,21 +22,23 @@ CHECKPOINT = (
 
 def main(argv: list[str]) -> None:
     """Post-train a tiny video editor with GRPO in minutes on a CPU, and show what it learned."""
-    from editrl.cli.parser import CommandParser
+    from editrl.cli.parser import CommandParser, number
 
     parser = CommandParser("editrl quickstart", f"{main.__doc__} Further options are those of `editrl grpo`.")
     parser.add_argument("--output_dir", type=Path, help="default: runs/quickstart-<time>")
+    parser.add_argument("--held_out", type=number(int, least=1), default=128, help="scenes it is judged on (128)")
     parser.refuse_unknown_flags = lambda argv: None  # they belong to grpo, which checks them
     options, overrides = parser.parse_known_args(argv)
-    run(options.output_dir or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S"), overrides)
+    folder = options.output_dir or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
+    run(folder, options.held_out, overrides)
 
 
-def run(folder: Path, overrides: list[str]) -> Path:
+def run(folder: Path, held_out: int, overrides: list[str]) -> Path:
     """Write the data, train, and report into `folder`; returns the path of the report."""
     from rich.console import Console
     from transformers.utils import logging
 
-    from editrl.cli.grpo import build
+    from editrl.cli.grpo import build, read_options, train
     from editrl.recipes.shapes.dataset import write_dataset
     from editrl.recipes.shapes.world import sample_scenes
 
@@ -45,22 +46,22 @@ def run(folder: Path, overrides: list[str]) -> Path:
     logging.disable_progress_bar()
     console = Console()
     started = time.perf_counter()
-    console.print(f"[bold]editrl quickstart[/bold]: Edit-GRPO of a tiny HunyuanVideo editor. {CHECKPOINT}")
-    data = {"train": sample_scenes(256, seed=11, split="train"), "heldout": sample_scenes(HELD_OUT, 12, "heldout")}
-    for split, scenes in data.items():
-        write_dataset(folder / "data" / split, scenes)
-    manifests = {
-        name: str(folder / "data" / split / "manifest.jsonl")
-        for name, split in {"--train_manifest": "train", "--eval_manifest": "heldout"}.items()
-    }
-    options = [word for pair in manifests.items() for word in pair]
-    trainer, _ = build(
-        ["--config", "shapes/grpo", *options, "--output_dir", str(folder / "run"), *overrides], "quickstart"
+    manifests = {split: folder / "data" / split / "manifest.jsonl" for split in ("train", "heldout")}
+    data_options = ["--train_manifest", str(manifests["train"]), "--eval_manifest", str(manifests["heldout"])]
+    options = read_options(
+        ["--config", "shapes/grpo", *data_options, "--output_dir", str(folder / "run"), *overrides], "quickstart"
     )
+    console.print(f"[bold]editrl quickstart[/bold]: Edit-GRPO of a tiny HunyuanVideo editor. {CHECKPOINT}")
+    data = {"train": sample_scenes(256, seed=11, split="train"), "heldout": sample_scenes(held_out, 12, "heldout")}
+    for split, scenes in data.items():
+        write_dataset(manifests[split].parent, scenes)
+    trainer, _ = build(options, "quickstart")
     shown = _shown(data["heldout"])
     before = trainer.sample(trainer.eval_dataset, shown)
     prepared = time.perf_counter()
-    trainer.train()
+    train(trainer)
+    if _evaluated(trainer.state.log_history)[-1:] != [trainer.state.global_step]:
+        trainer.evaluate()  # the last update need not be one of every eval_steps
     trained = time.perf_counter()
     after = trainer.sample(trainer.eval_dataset, shown)
     report = _report(
@@ -76,7 +77,7 @@ def run(folder: Path, overrides: list[str]) -> Path:
             "in all": time.perf_counter() - started,
         },
     )
-    console.print(_table(_summary(trainer.state.log_history)))
+    console.print(_table(_summary(trainer.state.log_history), held_out))
     console.print(f"{time.perf_counter() - started:.0f} s in all. Source, before and after side by side: {report}")
     return report
 
@@ -93,20 +94,26 @@ def _course(history: list[dict], key: str) -> list[tuple[float, float]]:
     return [(log["step"], log[key]) for log in history if key in log]
 
 
+def _evaluated(history: list[dict]) -> list[int]:
+    """The updates after which it was judged."""
+    return [log["step"] for log in history if any(name.startswith("eval_") for name in log)]
+
+
 def _summary(history: list[dict]) -> list[dict]:
     rows = []
     for name, key in SOURCES.items():
         values = [value for _, value in _course(history, key)]
-        change = values[-1] - values[0]
-        rows.append({"held-out": name, "before": values[0], "after": values[-1], "change": change})
+        if len(values) > 1:  # overrides may leave out a reward, or the evaluation at the start
+            change = values[-1] - values[0]
+            rows.append({"held-out": name, "before": values[0], "after": values[-1], "change": change})
     return rows
 
 
-def _table(rows: list[dict]):
+def _table(rows: list[dict], held_out: int):
     from rich.table import Table
 
-    table = Table(title=f"{HELD_OUT} held-out scenes, same noise before and after")
-    for heading in rows[0]:
+    table = Table(title=f"{held_out} held-out scenes, same noise before and after")
+    for heading in ("held-out", "before", "after", "change"):
         table.add_column(heading, justify="left" if heading == "held-out" else "right")
     for row in rows:
         signed = f"{row['change']:+.3f}"

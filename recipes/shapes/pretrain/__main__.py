@@ -12,13 +12,16 @@ from editrl.recipes.shapes.pretrain.common import Options
 
 # Stage -> steps, batch size, learning rate.
 RECIPES = {
-    "vae": (4500, 64, 2e-3),
+    "vae": (7000, 32, 2e-3),
+    "vae-refine": (9500, 32, 1e-3),
     "clip": (8000, 256, 1e-3),
     "pickscore": (2500, 256, 3e-4),
     "vlm": (5000, 256, 1e-3),
     "sft": (6000, 256, 1e-3),
-    "sft-underediting": (1000, 256, 5e-4),
+    "sft-underediting": (1000, 256, 1e-4),
 }
+
+FOLDERS = {"vae": "sft/vae", "vae-refine": "sft/vae", "vlm": "sft/vlm"}
 
 
 def main() -> None:
@@ -40,7 +43,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     for stage in arguments.stages:
         steps, batch_size, learning_rate = RECIPES[stage]
-        folder = {"vae": out / "sft" / "vae", "vlm": out / "sft" / "vlm"}.get(stage, out / stage)
+        folder = {"vae": out / "sft" / "vae", "vae-refine": out / "sft" / "vae", "vlm": out / "sft" / "vlm"}.get(
+            stage, out / stage
+        )
         options = Options(
             folder,
             arguments.steps or steps,
@@ -51,11 +56,12 @@ def main() -> None:
         )
         train = {
             "vae": lambda o: vae.train(o),
+            "vae-refine": lambda o: vae.train(o, start=o.out),
             "clip": lambda o: clip.train_clip(o),
             "pickscore": lambda o: clip.train_pickscore(o, out / "clip"),
             "vlm": lambda o: vlm.train(o, out / "sft" / "processor"),
             "sft": lambda o: editors.train(o, out, underediting=0.0, every=100, threshold=0.5),
-            "sft-underediting": lambda o: editors.train(o, out, underediting=0.5, every=20, threshold=0.27),
+            "sft-underediting": lambda o: editors.train(o, out, underediting=0.5, every=5, threshold=0.26),
         }[stage]
         print(json.dumps({stage: train(options)}), flush=True)
 

@@ -27,7 +27,7 @@ from editrl.trainers import FlowSFTConfig, FlowSFTTrainer
 
 SHIFT = 3.0
 STEPS_OF_ODE = 8
-PAIRS = 20_000
+PAIRS = 10_000
 EVALUATED = 512
 EVALUATION_SEED = 2 * 10**6
 

@@ -1,6 +1,7 @@
 """The tiny `AutoencoderKLHunyuanVideo`: 4x8x8, 16 channels, 1.8 M parameters."""
 
 import math
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
@@ -24,7 +25,7 @@ KL_WEIGHT = 1e-4
 def build() -> AutoencoderKLHunyuanVideo:
     """The untrained model.
 
-    Few normalisation groups: in a group of one channel a plain background has no variance at all, and gradients explode.
+    Few normalisation groups: in a group of one channel a plain background has no variance, and gradients explode.
     The posterior starts narrow, or its noise would hide the signal.
     """
     vae = AutoencoderKLHunyuanVideo(
@@ -66,12 +67,16 @@ def reconstruction_psnr(vae: AutoencoderKLHunyuanVideo, clips: Tensor) -> float:
     return -10 * math.log10(torch.cat(errors).mean().item())
 
 
-def train(options: Options) -> dict[str, float]:
-    """Reconstruction plus a light KL, then the scaling factor that gives the latents unit variance."""
+def train(options: Options, start: Path | None = None) -> dict[str, float]:
+    """Reconstruction plus a light KL, then the scaling factor that gives the latents unit variance.
+
+    With `start`, a folder of saved weights is trained on.
+    """
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     generator = torch.Generator(device).manual_seed(options.seed)
-    vae = build().to(device)
+    vae = build() if start is None else AutoencoderKLHunyuanVideo.from_pretrained(start, torch_dtype=torch.float32)
+    vae.to(device).train()
 
     def loss_of_step(step: int) -> Tensor:
         clips = random_clips(options.batch_size, generator, device)
