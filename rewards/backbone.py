@@ -350,7 +350,20 @@ class BackboneReward:
         """
         memo = {} if cache is None else cache.setdefault((self.backbone.key, self.num_frames), {})
         new = {id(clip): clip for clip in clips if id(clip) not in memo}
-        looked_at = [clip[frame_indices(len(clip), self.num_frames)] for clip in new.values()]
+        looked_at = list(new.values())
+        if self.num_frames is not None:
+            looked_at = [clip[frame_indices(len(clip), self.num_frames)] for clip in looked_at]
         embedded = self.backbone.embed_clips(looked_at, frames_per_forward=self.frames_per_forward)
         memo.update({key: (clip, vectors) for (key, clip), vectors in zip(new.items(), embedded, strict=True)})
         return [memo[id(clip)][1] for clip in clips]
+
+
+def clip_means(frames: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
+    """Mean over the frames of each clip of the inner product with `others`: [f_i,D] and [f_i,D] or [1,D] a clip.
+
+    All clips at once: a group of small clips would otherwise spend its time in launching kernels.
+    """
+    lengths = torch.tensor([len(part) for part in frames])
+    flat = torch.cat(list(frames))
+    paired = torch.cat([other.expand_as(part) for part, other in zip(frames, others, strict=True)])
+    return torch.segment_reduce((flat * paired).sum(1), "mean", lengths=lengths.to(flat.device)).tolist()

@@ -5,12 +5,11 @@ C(a, b) is the cosine of CLIP embeddings, averaged over the frames of the whole 
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from editrl.errors import EditrlError
 from editrl.registry import register_reward
-from editrl.rewards.backbone import BackboneReward
+from editrl.rewards.backbone import BackboneReward, clip_means
 
 
 @register_reward("clip_instruction")
@@ -35,8 +34,7 @@ class ClipInstruction(BackboneReward):
         """N clips [F,3,H,W] in [0,1] and their captions -> N floats."""
         wanted, unwanted = self.backbone.embed_texts([*target_captions, *source_captions]).chunk(2)
         frames = self.embed_clips(videos, cache)
-        scores = [(vectors @ direction).mean() for vectors, direction in zip(frames, wanted - unwanted, strict=True)]
-        return torch.stack(scores).tolist()  # one wait for the device, not one a clip
+        return clip_means(frames, (wanted - unwanted).split(1))
 
 
 @register_reward("clip_source_fidelity")
@@ -58,5 +56,4 @@ class ClipSourceFidelity(BackboneReward):
                     f"clip {i} has {len(edited)} frames, its source {len(source)}: frames are compared one to one, so "
                     "give both the same number."
                 )
-        pairs = zip(self.embed_clips(videos, cache), self.embed_clips(source_videos, cache), strict=True)
-        return torch.stack([torch.linalg.vecdot(edited, source).mean() for edited, source in pairs]).tolist()
+        return clip_means(self.embed_clips(videos, cache), self.embed_clips(source_videos, cache))

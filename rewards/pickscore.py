@@ -3,11 +3,10 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from editrl.registry import register_reward
-from editrl.rewards.backbone import BackboneReward
+from editrl.rewards.backbone import BackboneReward, clip_means
 
 DEFAULT_MODEL = "yuvalkirstain/PickScore_v1"
 DEFAULT_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's repository has the weights only
@@ -44,5 +43,4 @@ class PickScore(BackboneReward):
         """N clips [F,3,H,W] in [0,1] and the captions of the wanted results -> N floats."""
         texts = self.backbone.embed_texts(target_captions)
         scale = math.exp(self.backbone.logit_scale) / 26
-        pairs = zip(self.embed_clips(videos, cache), texts, strict=True)
-        return torch.stack([scale * (vectors @ text).mean() for vectors, text in pairs]).tolist()
+        return [scale * cosine for cosine in clip_means(self.embed_clips(videos, cache), texts.split(1))]

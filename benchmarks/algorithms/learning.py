@@ -37,15 +37,16 @@ class RandomReward:
         return torch.randn(len(videos), generator=self.generator).tolist()
 
 
-def reward_set(kind: str, seed: int, weights: Path = WEIGHTS) -> editrl.RewardSet:
+def reward_set(options: argparse.Namespace) -> editrl.RewardSet:
     """The rewards of an experiment: oracle | viva (the three of the paper) | random | source_fidelity."""
+    kind, weights = options.reward, options.weights
     clip, pick = ({"model": str(weights / name), "frames_per_forward": 2048} for name in ("clip", "pickscore"))
     if kind == "viva":
         kwargs = {"clip_instruction": clip, "clip_source_fidelity": clip, "pickscore": pick}
-        return editrl.RewardSet(list(kwargs), kwargs=kwargs)
+        return editrl.RewardSet(list(kwargs), kwargs=kwargs, weights=options.reward_weights)
     if kind == "source_fidelity":
         return editrl.RewardSet(["clip_source_fidelity"], kwargs={"clip_source_fidelity": clip})
-    return editrl.RewardSet([RandomReward(seed) if kind == "random" else ORACLE + "oracle_margin"])
+    return editrl.RewardSet([RandomReward(options.seed) if kind == "random" else ORACLE + "oracle_margin"])
 
 
 class Recorder(TrainerCallback):
@@ -147,7 +148,7 @@ def run(options: argparse.Namespace) -> dict:
     result = {"settings": settings, "machine": machine(options.device), "evaluations": []}
     trainer = editrl.FlowGRPOTrainer(
         policy,
-        reward_set(options.reward, options.seed, options.weights),
+        reward_set(options),
         args,
         train,
         held_out,
@@ -164,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
     add("--reward", choices=["oracle", "viva", "random", "source_fidelity"], default="oracle")
+    add("--reward_weights", type=float, nargs="+", help="one each; default 1")
     add("--checkpoint", choices=["sft", "sft-underediting"], default="sft")
     add("--out", type=Path, required=True)
     add("--weights", type=Path, default=WEIGHTS)

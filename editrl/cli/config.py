@@ -44,8 +44,9 @@ def parse_config(dataclass_types: type | Iterable[type], argv: list[str], comman
     if stray:
         parser.error(f"{stray[0]!r} belongs to no --field")
     del values.config
+    given = {name: None if value == [None] else value for name, value in vars(values).items()}
     try:
-        return parser.parse_dict(vars(values))
+        return parser.parse_dict(given)
     except EditrlError:
         raise
     except ValueError as error:
@@ -70,6 +71,8 @@ class _ConfigParser(OneLineErrors, TrlParser):
             action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
             if action.nargs == "+":
                 action.nargs = "*"  # `--metric_funcs` without a value is the empty list
+                if type(None) in _members(hint):
+                    action.type = _none_or(action.type)
             if action.nargs in (None, "?") and not action.choices:
                 action.metavar = _name(hint)
             if any((get_origin(member) or member) is dict for member in _members(hint)):
@@ -94,6 +97,16 @@ def _json_reader(hint: Any) -> Callable[[str], Any]:
         except ValidationError as error:
             raise argparse.ArgumentTypeError(f"must be {_name(hint)} as JSON, not {text!r}") from error
 
+    return read
+
+
+def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads an item of a list that may be None as a whole; `--reward_weights none` then is a list of one None."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse says "invalid float value"
     return read
 
 

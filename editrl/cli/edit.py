@@ -68,10 +68,11 @@ def edit(options) -> None:
         size_multiple=policy_class.size_multiple,
         row_names=["`editrl edit`"],
     )
+    example = dataset[0]
     is_video = options.output.suffix.lower() == ".mp4"
-    if not is_video and len(dataset[0].source) > 1:
+    if not is_video and len(example.source) > 1:
         raise EditrlError(
-            f"--output {options.output}: the source has {len(dataset[0].source)} frames; give a name that ends in "
+            f"--output {options.output}: the source has {len(example.source)} frames; give a name that ends in "
             ".mp4, or --num_frames 1"
         )
     make_folder(options.output.absolute().parent)
@@ -84,7 +85,6 @@ def edit(options) -> None:
         policy.transformer = PeftModel.from_pretrained(policy.transformer, options.adapter)
     policy.to(device)
     policy.transformer.eval()
-    example = dataset[0]
     video = edit_examples(
         policy,
         policy.transformer,

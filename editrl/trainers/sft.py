@@ -22,6 +22,9 @@ from editrl.trainers.config import FlowSFTConfig
 EVALUATION = 2**32 - 2
 """The step under which evaluation draws its noise: the same at every evaluation."""
 
+ENCODED_AT_ONCE = 64
+"""Bounds the memory of the frozen models while the cache is filled."""
+
 
 class NumberedExamples(Dataset):
     """`dataset` as (index, example) pairs; the example is None where the trainer keeps it encoded."""
@@ -76,8 +79,7 @@ class FlowSFTTrainer(FlowTrainer):
     ) -> Tensor:
         """Losses [B], in the order of the shapes met."""
         by_shape: dict[tuple, list] = defaultdict(list)
-        for index, example in batch:
-            encoded = self._encoded(index, example, numbered, split)
+        for (index, _), encoded in zip(batch, self._encoded(batch, numbered, split), strict=True):
             by_shape[encoded[1].shape].append((index, encoded))
         losses = []
         for items in by_shape.values():
@@ -108,17 +110,17 @@ class FlowSFTTrainer(FlowTrainer):
         uniform = torch.sigmoid(normal) if self.args.timestep_sampling == "logit_normal" else cdf
         return self.args.shift * uniform / (1 + (self.args.shift - 1) * uniform)
 
-    def _encoded(self, index: int, example: EditExample | None, numbered: NumberedExamples, split: str):
-        """Conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w] of one example, from the cache if kept."""
-        if example is not None:
-            return self._encode([example])[0]
-        if (split, index) not in self._cache:
-            # Filled in runs, because frozen models are far faster on batches.
-            run = [i for i in range(index, min(index + 64, len(numbered))) if (split, i) not in self._cache]
-            for i, encoded in zip(run, self._encode([numbered.dataset[i] for i in run]), strict=True):
-                conditions, clean, mask = encoded
-                self._cache[split, i] = conditions.to("cpu"), clean.cpu(), mask.cpu()
-        return self._cache[split, index]
+    def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, split: str):
+        """Of each example: conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w]; from the cache if kept."""
+        if not self.args.cache_conditions:
+            return self._encode([example for _, example in batch])
+        missing = list(dict.fromkeys(index for index, _ in batch if (split, index) not in self._cache))
+        for start in range(0, len(missing), ENCODED_AT_ONCE):
+            part = missing[start : start + ENCODED_AT_ONCE]
+            encoded = self._encode([numbered.dataset[index] for index in part])
+            for index, (conditions, clean, mask) in zip(part, encoded, strict=True):
+                self._cache[split, index] = conditions.to("cpu"), clean.cpu(), mask.cpu()
+        return [self._cache[split, index] for index, _ in batch]
 
     def _encode(self, examples: Sequence[EditExample]) -> list[tuple[Conditions, Tensor, Tensor]]:
         by_shape: dict[tuple, list[int]] = defaultdict(list)
@@ -144,6 +146,7 @@ class FlowSFTTrainer(FlowTrainer):
         """Mean loss on the evaluation set, with the moving average if there is one, and fixed noise."""
         numbered = self.eval_dataset if eval_dataset is None else NumberedExamples(eval_dataset)
         size = self.args.per_device_eval_batch_size
+        self.model_wrapped.eval()
         mine = range(self.args.process_index, len(numbered), self.args.world_size)
         losses = []
         with self.averaged_weights():

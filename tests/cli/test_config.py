@@ -104,6 +104,14 @@ def test_null_in_a_recipe_and_none_on_the_command_line_are_none(recipe):
     path = recipe("train_data: a\nreward_weights: null\nnum_frames: 33\nkernel_params: {eta: 1}\n")
     data, _ = parse("--config", path, "--num_frames", "none", "--kernel_params", "none")
     assert (data.reward_weights, data.num_frames, data.kernel_params) == (None, None, None)
+    assert parse("--train_data", "a", "--reward_weights", "none")[0].reward_weights is None
+    assert "invalid float value: 'much'" in error_of("--train_data", "a", "--reward_weights", "1", "much")
+
+
+def test_a_list_flag_without_values_is_the_empty_list(recipe):
+    path = recipe("train_data: a\nrewards: [clip]\nreward_weights: [1]\n")
+    assert parse("--config", path, "--rewards", "--seed", "2")[0].rewards == []
+    assert parse("--config", path, "--reward_weights")[0].reward_weights == []
 
 
 def test_a_switch_can_be_turned_off_from_either_side(recipe):

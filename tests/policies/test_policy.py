@@ -132,11 +132,14 @@ def test_the_velocity_depends_on_every_part_of_a_request(policy, changed):
     assert not torch.allclose(velocity(policy, conditions, latents), velocity(policy, other, latents), atol=1e-6)
 
 
-def test_the_system_turn_is_not_part_of_the_tokens(policy):
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_system_turn_is_not_part_of_the_tokens(policy, reference):
     """It is the same for every request: a longer one changes what the tokens say, not how many they are."""
-    lengthy = HunyuanVideoPolicy.from_pretrained(str(EDITOR), edit_prompt="edit the video . " * 5)
-    short = policy.encode([example()]).instructor_mask
-    assert torch.equal(lengthy.encode([example()]).instructor_mask, short)
+    prompts = {"edit_prompt": "edit the video . " * 2, "reference_prompt": "edit the video . " * 7}
+    lengthy = HunyuanVideoPolicy.from_pretrained(str(EDITOR), **prompts)
+    expected, found = (one.encode([example(reference=reference)]) for one in (policy, lengthy))
+    assert torch.equal(found.instructor_mask, expected.instructor_mask)
+    assert not torch.allclose(found.instructor_tokens, expected.instructor_tokens, atol=1e-4)
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -210,4 +210,5 @@ def test_every_field_has_a_line_of_help(config):
     ours = [field for field in fields(config) if field.name in config.__annotations__]
     assert ours
     for field in ours:
-        assert 0 < len(field.metadata["help"]) <= 120, field.name
+        assert field.metadata["help"], field.name
+        assert "\n" not in field.metadata["help"], field.name

@@ -387,12 +387,12 @@ def test_kl_is_zero_at_the_start_and_not_after_an_update(run, updates):
 
 @pytest.mark.parametrize("peft", ["lora", None], ids=["LoRA", "whole"])
 def test_the_kl_has_a_gradient_that_leads_back_to_the_reference(grpo, updates, peft):
-    """A constant reward teaches nothing, so whatever moves the weights is the KL."""
-    trainer = disturbed(grpo([constant], peft=peft, beta=1.0, max_steps=4, learning_rate=2e-3, sde_window="fixed"))
+    """A constant reward teaches nothing, so whatever moves the weights is the KL; here over one and the same rollout."""
+    trainer = disturbed(grpo([constant], peft=peft, beta=1.0, num_iterations=5, max_steps=5, learning_rate=3e-3))
     trainer.train()
     kl = [log["kl"] for log in updates(trainer)]
     assert all(log["grad_norm"] > 0 for log in updates(trainer))
-    assert kl[-1] < 0.9 * kl[0]
+    assert kl[-1] < 0.7 * kl[0]
 
 
 def test_the_reference_of_an_adapter_is_the_base_model(grpo, editor):

@@ -18,7 +18,7 @@ RECIPES = {
     "pickscore": (2500, 256, 3e-4),
     "vlm": (5000, 256, 1e-3),
     "sft": (6000, 256, 1e-3),
-    "sft-underediting": (1000, 256, 1e-4),
+    "sft-underediting": (18, 256, 1e-4),
 }
 
 FOLDERS = {"vae": "sft/vae", "vae-refine": "sft/vae", "vlm": "sft/vlm"}
@@ -60,8 +60,8 @@ def main() -> None:
             "clip": lambda o: clip.train_clip(o),
             "pickscore": lambda o: clip.train_pickscore(o, out / "clip"),
             "vlm": lambda o: vlm.train(o, out / "sft" / "processor"),
-            "sft": lambda o: editors.train(o, out, underediting=0.0, every=100, threshold=0.5),
-            "sft-underediting": lambda o: editors.train(o, out, underediting=0.5, every=5, threshold=0.26),
+            "sft": lambda o: editors.train(o, out, underediting=0.0),
+            "sft-underediting": lambda o: editors.train(o, out, underediting=0.5),
         }[stage]
         print(json.dumps({stage: train(options)}), flush=True)
 

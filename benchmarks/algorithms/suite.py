@@ -1,0 +1,97 @@
+"""All learning experiments: `python -m editrl.benchmarks.algorithms.suite cpu|gpu --out FOLDER`.
+
+Every experiment runs with three seeds beside a random-reward control of the same settings. A run whose result is
+complete is not repeated, so an interrupted suite goes on where it stopped. `summary.py` makes the table of the folder.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Large batches: 64 groups of 24 clips an update, from the ordinary checkpoint. The learning rate is
+# chosen so that the control stays flat; the KL holds what the reward does not ask for.
+GPU = "--checkpoint sft --learning_rate 2e-5 --beta 0.1 --updates 300 --eval_every 20"
+# As `editrl quickstart` trains (recipes/shapes/grpo.yaml), from the under-editing checkpoint.
+CPU = (
+    "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --window_end 2 --scenes 256 "
+    "--learning_rate 1e-4 --schedule linear --updates 40 --eval_every 10"
+)
+WEIGHTS = "--reward_weights 1 0.3 1"
+EXPERIMENTS = {
+    "gpu": {
+        "gpu-oracle": f"--reward oracle {GPU}",
+        "gpu-viva": f"--reward viva {WEIGHTS} {GPU}",
+        "gpu-random": f"--reward random {GPU}",
+        "gpu-source-fidelity-alone": f"--reward source_fidelity {GPU}",
+    },
+    "cpu": {
+        "quickstart-viva": f"--reward viva {WEIGHTS} {CPU}",
+        "quickstart-random": f"--reward random {CPU}",
+    },
+}
+
+
+def complete(path: Path, updates: int) -> bool:
+    """Whether a result reached its last update."""
+    return path.exists() and json.loads(path.read_text())["evaluations"][-1]["update"] >= updates
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=list(EXPERIMENTS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="names of experiments; default all of the size")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to share among the runs")
+    parser.add_argument("--minutes", type=float, default=60, help="end each run after this time; its results stay")
+    options = parser.parse_args()
+    chosen = options.only or list(EXPERIMENTS[options.size])
+    options.out.mkdir(parents=True, exist_ok=True)
+    waiting = []
+    for seed in options.seeds:
+        for name in chosen:
+            path = options.out / f"{name}-seed{seed}.json"
+            arguments = EXPERIMENTS[options.size][name].split()
+            if complete(path, int(arguments[arguments.index("--updates") + 1])):
+                print(f"{path.stem}: complete", flush=True)
+                continue
+            waiting.append([*arguments, "--seed", str(seed), "--out", str(path)])
+    return run_all(waiting, options)
+
+
+def run_all(waiting: list[list[str]], options: argparse.Namespace) -> int:
+    """Run the command lines, `parallel` at a time; the exit code is 1 if one failed."""
+    threads = str(max((os.cpu_count() or 1) // options.parallel, 1))
+    running: dict[subprocess.Popen, tuple[str, float]] = {}
+    failed, started = False, 0
+    while waiting or running:
+        while waiting and len(running) < options.parallel:
+            arguments = waiting.pop(0)
+            gpu = {"CUDA_VISIBLE_DEVICES": str(started % options.gpus)} if options.size == "gpu" else {}
+            name = Path(arguments[-1]).stem
+            log = (options.out / f"{name}.log").open("w")
+            command = [sys.executable, "-m", "editrl.benchmarks.algorithms.learning", *arguments]
+            environment = {**os.environ, "OMP_NUM_THREADS": threads, **gpu}
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            running[process] = name, time.monotonic()
+            started += 1
+        for process, (name, since) in list(running.items()):
+            overdue = time.monotonic() - since > 60 * options.minutes
+            if overdue and process.poll() is None:
+                process.terminate()
+                process.wait()
+            if process.poll() is not None:
+                del running[process]
+                failed |= process.returncode != 0 and not overdue
+                print(f"{name}: {'out of time' if overdue else f'exit code {process.returncode}'}", flush=True)
+        time.sleep(0.5)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
