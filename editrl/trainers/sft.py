@@ -111,7 +111,7 @@ class FlowSFTTrainer(FlowTrainer):
         return self.args.shift * uniform / (1 + (self.args.shift - 1) * uniform)
 
     def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, split: str):
-        """Of each example: conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w]; from the cache if kept."""
+        """Conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w] of each example, cached if so configured."""
         if not self.args.cache_conditions:
             return self._encode([example for _, example in batch])
         missing = list(dict.fromkeys(index for index, _ in batch if (split, index) not in self._cache))
