@@ -122,7 +122,7 @@ class FlowPolicy:
 
     def frozen_modules(self) -> Iterable[nn.Module]:
         """Modules that are never trained; trainers move them to the device once."""
-        raise NotImplementedError
+        return ()
 
     def save_pretrained(self, path: str) -> None:
         """Write the whole editor as a folder that `from_pretrained` reads."""

@@ -23,7 +23,8 @@ def counter_noise(shape: Sequence[int], *key: int) -> Tensor:
     No generator is carried along: whoever asks for (seed, group, member, step) gets the same noise, on any rank, with
     any batch size, after a resume. `numpy.random.SeedSequence` mixes the key, so neighbouring keys are independent.
     """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # With its length, because SeedSequence takes (3,) and (3, 0) for the same.
+    seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -18,7 +18,7 @@ GPU = "--checkpoint sft --learning_rate 2e-5 --beta 0.1 --updates 300 --eval_eve
 # As `editrl quickstart` trains (recipes/shapes/grpo.yaml), from the under-editing checkpoint.
 CPU = (
     "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --window_end 2 --scenes 256 "
-    "--learning_rate 1e-4 --schedule linear --updates 40 --eval_every 10"
+    "--learning_rate 5e-5 --schedule linear --updates 50 --eval_every 10"
 )
 WEIGHTS = "--reward_weights 1 0.3 1"
 EXPERIMENTS = {

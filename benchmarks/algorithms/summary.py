@@ -26,8 +26,8 @@ def load(folder: Path) -> dict[str, list[dict]]:
 
 def spread(values: list[float], digits: int) -> str:
     """Mean and sample standard deviation."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def rows(runs: dict[str, list[dict]]) -> list[dict[str, str]]:

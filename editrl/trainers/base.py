@@ -15,7 +15,8 @@ from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
@@ -40,7 +41,11 @@ class FlowTrainer(Trainer):
         callbacks=None,
     ):
         self.policy = policy
-        policy.transformer.requires_grad_(peft_config is None)
+        if isinstance(policy.transformer, PeftModel):
+            if peft_config is not None:
+                raise EditrlError("the transformer has an adapter already; drop peft_config, or merge_and_unload() it")
+        else:
+            policy.transformer.requires_grad_(peft_config is None)
         if args.gradient_checkpointing:
             policy.transformer.enable_gradient_checkpointing()
             # Under its old name and its new one: transformers would call a method that diffusers' models do not have.
@@ -61,9 +66,16 @@ class FlowTrainer(Trainer):
         self._means: dict[str, list] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
         self._logged_step = 0
+        if not self.is_deepspeed_enabled and any(p.dtype != torch.float32 for p in self.trained_parameters()):
+            raise EditrlError(
+                "the trained weights are not float32, so small updates would be rounded away; load the policy with "
+                "dtype float32, train LoRA adapters, or use DeepSpeed, which keeps float32 copies"
+            )
+        if args.ema_decay and is_deepspeed_zero3_enabled():
+            raise EditrlError("ema_decay does not work with ZeRO-3, which shards the weights; use ZeRO-2, or drop it")
         self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
-            self.ema.to(args.device)
+            self.ema.to(args.device, torch.float32)  # in bfloat16 a slow average would never move
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer sees."""
@@ -87,8 +99,6 @@ class FlowTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._drain_metrics()
-            if not math.isfinite(logs["loss"]):
-                raise EditrlError(f"the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate")
         super().log(logs, start_time)
 
     def _drain_metrics(self) -> dict[str, float]:
@@ -119,11 +129,20 @@ class FlowTrainer(Trainer):
         finally:
             self.ema.restore(parameters)
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        # Runs once after each optimizer step, before that step is evaluated or saved.
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
+        # Runs once after each optimizer step, before that step is logged, evaluated or saved.
+        control = self.control
+        if control.should_log or control.should_save or control.should_training_stop:
+            self._require_finite(float(tr_loss))
         if self.ema is not None and self.ema.optimization_step < self.state.global_step:
             self.ema.step(self.trained_parameters())
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise EditrlError(
+                f"the loss is {loss} at step {self.state.global_step}; lower learning_rate, or check the data"
+            )
 
     # Checkpoints.
 
@@ -148,20 +167,43 @@ class FlowTrainer(Trainer):
             saved = type(model).from_pretrained(resume_from_checkpoint, subfolder="transformer")
             model.load_state_dict(saved.state_dict())
 
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.args.save_total_limit = None  # older checkpoints may go only once this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if self.ema is not None:
                 torch.save(self.ema.state_dict(), folder / EMA_FILE)
             (folder / COMPLETE).touch()
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None:
-            self.ema.load_state_dict(torch.load(Path(checkpoint) / EMA_FILE, weights_only=True))
-            self.ema.to(self.args.device)
+            file = Path(checkpoint) / EMA_FILE
+            if not file.exists():
+                raise EditrlError(f"'{checkpoint}' was saved without a moving average; resume it without ema_decay")
+            self.ema.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            self.ema.to(self.args.device, torch.float32)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `transformers.Trainer.train`; `True` resumes from the newest complete checkpoint of `output_dir`."""

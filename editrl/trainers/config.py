@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
-from editrl.errors import EditrlError
+from editrl.errors import EditrlError, did_you_mean
 
 DEFAULT_EPSILON = {"grpo": 1e-4, "grpo_guard": 2e-6}
 """Clip ranges are this small because a log-prob is a mean over all latent elements (Flow-GRPO, GRPO-Guard)."""
@@ -28,6 +28,15 @@ class FlowConfig(TrainingArguments):
         default=False, metadata={"help": "Hide non-finite losses. Off: a non-finite loss stops the run."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards may ask for any column."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for option in fields(self):
+            value, choices = getattr(self, option.name), option.metadata.get("choices")
+            if isinstance(choices, list) and value is not None and value not in choices:
+                raise EditrlError(
+                    f"{option.name} is {value!r}; use one of {', '.join(choices)}." + did_you_mean(str(value), choices)
+                )
 
     def require(self, condition: bool, message: str) -> None:
         """Raise `EditrlError(message)` unless `condition`."""
@@ -154,8 +163,12 @@ class FlowGRPOConfig(FlowConfig):
 
     def _set_window(self) -> None:
         # The last step is left out: it ends at sigma 0, where cps has no noise to score.
-        start, stop = self.sde_window_range or (0, max(self.num_inference_steps // 2, self.sde_window_size))
-        self.sde_window_range = [start, stop]
+        self.sde_window_range = self.sde_window_range or [0, max(self.num_inference_steps // 2, self.sde_window_size)]
+        self.require(
+            len(self.sde_window_range) == 2,
+            f"sde_window_range {self.sde_window_range} must be two numbers: the first step and the end of the range",
+        )
+        start, stop = self.sde_window_range
         self.require(
             start >= 0 and stop <= self.num_inference_steps - 1 and stop - start >= self.sde_window_size,
             f"sde_window_range {[start, stop]} must lie within [0, {self.num_inference_steps - 1}] "
@@ -199,6 +212,10 @@ class FlowGRPOConfig(FlowConfig):
             self.save_strategy != "steps" or self.save_steps % self.updates_per_generation == 0,
             f"save_steps {self.save_steps} must be a multiple of the {self.updates_per_generation} updates a rollout: "
             "a checkpoint in the middle of a rollout could not be resumed exactly",
+        )
+        require(
+            self.video_steps % self.updates_per_generation == 0,
+            f"video_steps {self.video_steps} must be a multiple of the {self.updates_per_generation} updates a rollout",
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console, Group
@@ -70,7 +71,9 @@ class LiveDisplay(TrainerCallback):
             kind, _, rest = name.partition("/")
             if kind not in ("eval_rewards", "eval_metrics", "rewards") or not rest.endswith("/mean"):
                 continue
-            values = [log[name] for log in history if name in log]
+            values = [log[name] for log in history if name in log and math.isfinite(log[name])]
+            if not values:
+                continue
             where = "training" if kind == "rewards" else "held-out"
             label = f"{where} {rest.removesuffix('/mean')}"
             table.add_row(label, f"{values[0]:.3f}", f"{values[-1]:.3f}", sparkline(values))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
 from editrl.data import EditDataset, EditExample, write_video
+from editrl.errors import EditrlError
 from editrl.flow import (
     gaussian_kl,
     get_kernel,
@@ -90,6 +91,12 @@ class FlowGRPOTrainer(FlowTrainer):
             else {"eta" if args.sde_kernel == "dance_sde" else "noise_level": args.noise_level}
         )
         self.kernel = get_kernel(args.sde_kernel, **noise)
+        if args.max_steps <= 0:
+            # The whole run is one pass of the loader, whose groups are numbered through.
+            generations = math.ceil(args.num_train_epochs * len(train_dataset) / args.groups_per_generation)
+            args.max_steps = generations * args.updates_per_generation
+        if args.beta and peft_config is None and args.deepspeed:
+            raise EditrlError("beta without LoRA needs a second whole model, which DeepSpeed does not hold; use LoRA")
         self._micro_batches: list[MicroBatch] = []
         self._micro_step = 0
         super().__init__(policy, args, train_dataset, eval_dataset, peft_config, callbacks)
@@ -106,9 +113,8 @@ class FlowGRPOTrainer(FlowTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        groups = GroupSchedule(
-            len(self.train_dataset), self._num_generations_of_run() * args.groups_per_generation, args.seed
-        )
+        generations = math.ceil(args.max_steps / args.updates_per_generation)
+        groups = GroupSchedule(len(self.train_dataset), generations * args.groups_per_generation, args.seed)
         sampler = RepeatSampler(
             groups,
             mini_repeat_count=args.num_generations,
@@ -124,20 +130,44 @@ class FlowGRPOTrainer(FlowTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _num_generations_of_run(self) -> int:
-        args = self.args
-        if args.max_steps > 0:
-            return math.ceil(args.max_steps / args.updates_per_generation)
-        return math.ceil(args.num_train_epochs * len(self.train_dataset) / args.groups_per_generation)
-
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> MicroBatch:
         """The next micro-batch; a new rollout whenever the last one is used up."""
         per_generation = self.args.steps_per_generation * self.args.num_iterations
         if self._micro_step % per_generation == 0:
             self._micro_batches = self._generate(inputs["numbers"].tolist())
-        micro_batch = self._micro_batches[self._micro_step % self.args.steps_per_generation]
+            self._order = self._micro_batch_order()
+        micro_batch = self._micro_batches[self._order[self._micro_step % per_generation]]
         self._micro_step += 1
         return micro_batch
+
+    def _micro_batch_order(self) -> list[int]:
+        """In which order each iteration goes through the micro-batches of a rollout.
+
+        Shuffled when a rollout makes several updates, since neighbours are members of one group. A function of the seed
+        and the update's number, so a resumed run repeats it.
+        """
+        args = self.args
+        order = list(range(args.steps_per_generation))
+        shuffled = []
+        for iteration in range(args.num_iterations):
+            if args.updates_per_generation > 1:
+                random.Random(f"{args.seed}-{self.state.global_step}-{iteration}").shuffle(order)
+            shuffled += order
+        return shuffled
+
+    def train(self, *args, **kwargs):
+        """As `FlowTrainer.train`; always starts with a fresh rollout."""
+        self._micro_step = 0
+        return super().train(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        updates = self.args.updates_per_generation
+        if checkpoint is not None and self.state.global_step % updates:
+            raise EditrlError(
+                f"'{checkpoint}' was saved in the middle of a rollout of {updates} updates and cannot be continued "
+                f"exactly; resume from a checkpoint whose number is a multiple of {updates}"
+            )
 
     # Rollout.
 
@@ -216,7 +246,7 @@ class FlowGRPOTrainer(FlowTrainer):
         for name, share in zip(self.rewards.names, zero_std_groups(rewards, group_ids).tolist(), strict=True):
             self.record(f"rewards/{name}/frac_zero_std", share)
         weights = self.rewards.weights.to(device)
-        self.record("reward", (rewards.nan_to_num() * weights).sum(1).mean())
+        self.record("reward", (rewards.nanmean(0).nan_to_num() * weights).sum())
         if self.watched is not None:
             watched = self.accelerator.gather(self.watched(videos, columns).to(device))
             self._record_scores(self.watched, watched, "metrics")
@@ -235,8 +265,9 @@ class FlowGRPOTrainer(FlowTrainer):
     def _record_scores(self, scorer: RewardSet, scores: Tensor, kind: str = "rewards") -> None:
         for name, values in zip(scorer.names, scores.unbind(1), strict=True):
             known = values[~values.isnan()]
-            self.record(f"{kind}/{name}/mean", known.mean())
-            self.record(f"{kind}/{name}/std", known.std(correction=0))
+            if len(known):  # a reward may apply to no clip of a rollout
+                self.record(f"{kind}/{name}/mean", known.mean())
+                self.record(f"{kind}/{name}/std", known.std(correction=0))
 
     def _write_videos(self, videos: list[Tensor], samples: list[EditExample], members: list[int]) -> None:
         args, step = self.args, self.state.global_step
@@ -306,7 +337,8 @@ class FlowGRPOTrainer(FlowTrainer):
             switched_off = self.accelerator.unwrap_model(model).disable_adapter()
             reference = model
         else:
-            switched_off, reference = contextlib.nullcontext(), self.reference
+            # The policy's forward was wrapped for mixed precision after the copy was made.
+            switched_off, reference = self.accelerator.autocast(), self.reference
         with switched_off:
             velocity = self.policy.velocity(reference, batch.latents, sigma, batch.conditions)
         return self.kernel.step(batch.latents, velocity, sigma, sigma_next, next_sample=batch.next_latents).mean
@@ -332,7 +364,10 @@ class FlowGRPOTrainer(FlowTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Means over the evaluation set: `eval_rewards/<name>/mean` and `eval_metrics/<name>/mean`."""
         args, dataset = self.args, eval_dataset or self.eval_dataset
-        mine = range(args.process_index, len(dataset), args.world_size)
+        # Every rank makes as many forwards, or ZeRO-3 would wait for ever; what is sampled twice counts once.
+        share = math.ceil(len(dataset) / args.world_size)
+        mine = [(args.process_index + k * args.world_size) % len(dataset) for k in range(share)]
+        counts = [args.process_index + k * args.world_size < len(dataset) for k in range(share)]
         videos = self.sample(dataset, mine)
         columns = reward_columns([dataset[index] for index in mine])
         metrics = {}
@@ -340,10 +375,10 @@ class FlowGRPOTrainer(FlowTrainer):
             if scorer is None:
                 continue
             scores = scorer(videos, columns).to(args.device)
-            known = ~scores.isnan()
-            totals = torch.stack([scores.nan_to_num().sum(0), known.sum(0).float()])
-            sums, counts = self.accelerator.reduce(totals, "sum")
-            for name, mean in zip(scorer.names, (sums / counts).tolist(), strict=True):
+            known = ~scores.isnan() & torch.tensor(counts, device=args.device).unsqueeze(1)
+            totals = torch.stack([scores.where(known, 0).sum(0), known.sum(0).float()])
+            sums, numbers = self.accelerator.reduce(totals, "sum")
+            for name, mean in zip(scorer.names, (sums / numbers).tolist(), strict=True):
                 metrics[f"{metric_key_prefix}_{kind}/{name}/mean"] = mean
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -353,5 +388,9 @@ class FlowGRPOTrainer(FlowTrainer):
 def as_reward_set(rewards: Reward | Sequence[Reward] | RewardSet, weights: list[float] | None = None) -> RewardSet:
     """A `RewardSet` of whatever the user gave."""
     if isinstance(rewards, RewardSet):
+        if weights is not None and rewards.weights.tolist() != torch.tensor(weights).tolist():
+            raise EditrlError(
+                f"reward_weights {weights} differ from the RewardSet's {rewards.weights.tolist()}; give one"
+            )
         return rewards
     return RewardSet([rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards), weights=weights)

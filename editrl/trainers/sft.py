@@ -60,7 +60,7 @@ class FlowSFTTrainer(FlowTrainer):
                     raise EditrlError(
                         f"row '{dataset.row(index).get('id', index)}' has no target clip; SFT needs one in every row"
                     )
-        self._cache: dict[tuple[str, int], tuple[Conditions, Tensor, Tensor]] = {}
+        self._cache: dict[tuple[EditDataset, int], tuple[Conditions, Tensor, Tensor]] = {}
         decode = not args.cache_conditions
         super().__init__(
             policy,
@@ -72,14 +72,14 @@ class FlowSFTTrainer(FlowTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
-        return self._batch_loss(model, inputs, self.train_dataset, "train", self.state.global_step).mean()
+        return self._batch_loss(model, inputs, self.train_dataset, self.state.global_step).mean()
 
     def _batch_loss(
-        self, model, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, split: str, step: int
+        self, model, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, step: int
     ) -> Tensor:
         """Losses [B], in the order of the shapes met."""
         by_shape: dict[tuple, list] = defaultdict(list)
-        for (index, _), encoded in zip(batch, self._encoded(batch, numbered, split), strict=True):
+        for (index, _), encoded in zip(batch, self._encoded(batch, numbered), strict=True):
             by_shape[encoded[1].shape].append((index, encoded))
         losses = []
         for items in by_shape.values():
@@ -110,17 +110,17 @@ class FlowSFTTrainer(FlowTrainer):
         uniform = torch.sigmoid(normal) if self.args.timestep_sampling == "logit_normal" else cdf
         return self.args.shift * uniform / (1 + (self.args.shift - 1) * uniform)
 
-    def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, split: str):
-        """Conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w] of each example, cached if so configured."""
+    def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples):
+        """Conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w] of each example."""
         if not self.args.cache_conditions:
             return self._encode([example for _, example in batch])
-        missing = list(dict.fromkeys(index for index, _ in batch if (split, index) not in self._cache))
+        missing = list(dict.fromkeys(index for index, _ in batch if (numbered.dataset, index) not in self._cache))
         for start in range(0, len(missing), ENCODED_AT_ONCE):
             part = missing[start : start + ENCODED_AT_ONCE]
             encoded = self._encode([numbered.dataset[index] for index in part])
             for index, (conditions, clean, mask) in zip(part, encoded, strict=True):
-                self._cache[split, index] = conditions.to("cpu"), clean.cpu(), mask.cpu()
-        return [self._cache[split, index] for index, _ in batch]
+                self._cache[numbered.dataset, index] = conditions.to("cpu"), clean.cpu(), mask.cpu()
+        return [self._cache[numbered.dataset, index] for index, _ in batch]
 
     def _encode(self, examples: Sequence[EditExample]) -> list[tuple[Conditions, Tensor, Tensor]]:
         by_shape: dict[tuple, list[int]] = defaultdict(list)
@@ -152,7 +152,7 @@ class FlowSFTTrainer(FlowTrainer):
         with self.averaged_weights():
             for start in range(0, len(mine), size):
                 batch = [numbered[index] for index in mine[start : start + size]]
-                losses.append(self._batch_loss(self.model_wrapped, batch, numbered, "eval", EVALUATION))
+                losses.append(self._batch_loss(self.model_wrapped, batch, numbered, EVALUATION))
         losses = torch.cat(losses) if losses else torch.zeros(0, device=self.args.device)
         totals = torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=self.args.device)])
         total, count = self.accelerator.reduce(totals, "sum").tolist()

@@ -68,12 +68,10 @@ class Instructor:
     def __call__(self, examples: Sequence[EditExample]) -> tuple[Tensor, Tensor]:
         """Hidden states [B,L,D] and their mask [B,L] (1 token, 0 padding at the end) for B examples."""
         texts = [self.prompt(example) for example in examples]
-        # Only a list of pictures per text keeps each with its own conversation.
-        images = [self._pictures(example) for example in examples]
-        flat = [picture for pictures in images for picture in pictures]
+        pictures = [picture for example in examples for picture in self._pictures(example)]  # in placeholder order
         inputs = self.processor(
             text=texts,
-            images=flat,
+            images=pictures,
             padding=True,
             padding_side="right",
             add_special_tokens=False,

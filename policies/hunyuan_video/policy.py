@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d
 from transformers import AutoTokenizer, CLIPTextModel, LlavaForConditionalGeneration, LlavaProcessor
@@ -32,7 +37,9 @@ SUBFOLDERS = {
 """The folder of an editor: HunyuanVideo's Hub layout, with the instructor in `vlm/` and `processor/`."""
 
 SETTINGS_FILE = "editor.json"
-"""What an editor was trained with and must be used with: the instructor's layer and prompts."""
+"""Beside those folders: the instructor's layer and prompts, which an editor must be used with as it was trained."""
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @register_policy("hunyuan_video")
@@ -77,6 +84,9 @@ class HunyuanVideoPolicy(FlowPolicy):
 
     @torch.no_grad()
     def encode(self, examples: Sequence[EditExample]) -> Conditions:
+        shapes = sorted({tuple(example.source.shape) for example in examples})
+        if len(shapes) > 1:
+            raise EditrlError(f"clips of one batch differ in size {shapes}; set num_frames, height and width")
         sources = torch.stack([example.source for example in examples])
         tokens, mask = self.instructor(examples)
         return Conditions(
@@ -178,7 +188,11 @@ class HunyuanVideoPolicy(FlowPolicy):
             instructor_settings: `hidden_layer`, `edit_prompt`, `reference_prompt` of `Instructor`, over those that the
                 folder's `editor.json` has.
         """
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise EditrlError(f"policy dtype is '{dtype}'; choose one of {', '.join(DTYPES)}")
+            dtype = getattr(torch, dtype)
+        settings = _saved_settings(path) | instructor_settings
 
         def load(kind: str, location: str, subfolder: str | None, **kwargs):
             if subfolder is not None:
@@ -196,7 +210,7 @@ class HunyuanVideoPolicy(FlowPolicy):
         instructor = Instructor(
             load("vlm", vlm or path, None if vlm else "vlm", dtype=dtype),
             load("processor", vlm or path, None if vlm else "processor"),
-            **(_saved_settings(path) | instructor_settings),
+            **settings,
         )
         return cls(
             load("transformer", transformer or path, None if transformer else "transformer", torch_dtype=dtype),
@@ -214,6 +228,11 @@ def _saved_settings(path: str) -> dict:
     if not Path(path).is_dir():
         try:
             file = Path(hf_hub_download(path, SETTINGS_FILE))
+        except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise EditrlError(
+                f"cannot read the editor '{path}': {reason} Give a folder, or run `hf download {path}` first."
+            ) from error
         except EntryNotFoundError:
             return {}
     return json.loads(file.read_text()) if file.exists() else {}

@@ -83,3 +83,24 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         self.x_embedder = SourcePatchEmbed(
             (patch_size_t, patch_size, patch_size), in_channels, source_channels, embed_dim
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers; a text-to-video checkpoint fills all but the source path, which then starts as at step 0.
+
+        diffusers leaves weights that no file holds without storage, or with whatever the memory held.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        missing = [name for name in info["missing_keys"] if name.startswith("x_embedder.")]
+        if missing:
+            embedder = model.x_embedder
+            fresh = SourcePatchEmbed(
+                embedder.proj.kernel_size,
+                embedder.noise_channels,
+                model.config.source_channels,
+                embedder.proj.out_channels,
+            ).to(embedder.proj.weight)
+            values = {f"x_embedder.{name}": value for name, value in fresh.state_dict().items()}
+            model.load_state_dict({name: values[name] for name in missing}, strict=False, assign=True)
+        return (model, info) if wants_info else model

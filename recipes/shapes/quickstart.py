@@ -55,11 +55,11 @@ def run(folder: Path, held_out: int, overrides: list[str]) -> Path:
     data = {"train": sample_scenes(256, seed=11, split="train"), "heldout": sample_scenes(held_out, 12, "heldout")}
     for split, scenes in data.items():
         write_dataset(manifests[split].parent, scenes)
-    trainer, _ = build(options, "quickstart")
+    trainer, resume = build(options, "quickstart")
     shown = _shown(data["heldout"])
     before = trainer.sample(trainer.eval_dataset, shown)
     prepared = time.perf_counter()
-    train(trainer)
+    train(trainer, resume)
     if _evaluated(trainer.state.log_history)[-1:] != [trainer.state.global_step]:
         trainer.evaluate()  # the last update need not be one of every eval_steps
     trained = time.perf_counter()

@@ -336,7 +336,7 @@ UNCHECKED = "FlowConfig.__post_init__ does not check the range"
         ("generation_batch_size", "-8"),
         ("max_steps", "-5"),
         ("save_steps", "-1"),
-        ("learning_rate", "-1e-4"),
+        ("learning_rate", "-0.1"),
         ("seed", "-1"),
         ("shift", "0"),
         ("noise_level", "-1"),

@@ -58,6 +58,19 @@ def fresh_policy(editor):
     return make
 
 
+class LatentColours(HunyuanVideoPolicy):
+    """Shows the first latent channels as colours, so that what can be learned does not depend on a tiny VAE."""
+
+    def decode(self, latents):
+        return latents[:, :3].sigmoid().transpose(1, 2).float()
+
+
+@pytest.fixture
+def latent_colours(editor) -> LatentColours:
+    transformer = copy.deepcopy(editor.transformer)
+    return LatentColours(transformer, editor.vae, editor.instructor, editor.text_encoder, editor.tokenizer)
+
+
 @pytest.fixture(scope="session")
 def pairs() -> EditDataset:
     """Eight pairs of 5 frames of 32x32, with masks and captions."""
@@ -125,3 +138,14 @@ def weights():
 def updates():
     """(trainer) -> its log, one dict an update."""
     return lambda trainer: [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.fixture(scope="session")
+def equal():
+    """Whether two results of `weights` are the same, bit for bit."""
+
+    def compare(one: dict, other: dict) -> bool:
+        assert one.keys() == other.keys()
+        return all(torch.equal(value, other[name]) for name, value in one.items())
+
+    return compare

@@ -207,11 +207,21 @@ def test_a_pair_without_a_target_is_refused_before_training(sft, split):
         sft(**{split: without})
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(sft, fresh_policy, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("logging_steps", "save_steps"), [(1, 1), (10, 1), (10, 10)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(
+    sft, fresh_policy, monkeypatch, tmp_path, logging_steps, save_steps
+):
+    """Also where it would not be logged before the checkpoint is written, or at all."""
     policy = fresh_policy()
     velocity = policy.velocity
     monkeypatch.setattr(policy, "velocity", lambda *args: velocity(*args) * math.nan)
-    trainer = sft(policy=policy, output_dir=str(tmp_path), save_strategy="steps", save_steps=1)
-    with pytest.raises(EditrlError, match="the loss is nan at step 1"):
+    trainer = sft(
+        policy=policy,
+        output_dir=str(tmp_path),
+        logging_steps=logging_steps,
+        save_strategy="steps",
+        save_steps=save_steps,
+    )
+    with pytest.raises(EditrlError, match="the loss is nan at step"):
         trainer.train()
-    assert not list(tmp_path.glob("checkpoint-*"))
+    assert not list(tmp_path.glob("checkpoint-*/complete"))

@@ -43,11 +43,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     for stage in arguments.stages:
         steps, batch_size, learning_rate = RECIPES[stage]
-        folder = {"vae": out / "sft" / "vae", "vae-refine": out / "sft" / "vae", "vlm": out / "sft" / "vlm"}.get(
-            stage, out / stage
-        )
         options = Options(
-            folder,
+            out / FOLDERS.get(stage, stage),
             arguments.steps or steps,
             arguments.batch_size or batch_size,
             arguments.learning_rate or learning_rate,

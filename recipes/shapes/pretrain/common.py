@@ -61,7 +61,7 @@ def optimise(model: nn.Module, options: Options, loss_of_step: Callable[[int], T
 
 def save(folder: Path, parts: dict[str, object], options: Options, seconds: float, quality: dict[str, float]) -> None:
     """Write `parts` (sub-folder -> object with `save_pretrained`, "" for the folder itself) in float16, and how they
-    were made, to `folder`: all of it or nothing."""
+    were made, to `folder`, which is replaced only when everything is written."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

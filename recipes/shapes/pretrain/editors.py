@@ -1,6 +1,7 @@
 """The two SFT checkpoints: an ordinary one, stopped early, and one with the typical flaw of synthetic pairs."""
 
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -89,7 +90,8 @@ class StopEarly(TrainerCallback):
             return
         quality = judge(self.policy, model.eval(), self.device)
         print(f"step {state.global_step}: {quality}", flush=True)
-        control.should_training_stop = quality["oracle_success"] >= 0.5
+        if quality["oracle_success"] >= 0.5:
+            control.should_training_stop = True
 
 
 def train(options: Options, weights: Path, underediting: float) -> dict[str, float]:
@@ -106,7 +108,7 @@ def train(options: Options, weights: Path, underediting: float) -> dict[str, flo
     policy.to(options.device)
     drawn = sample_scenes(PAIRS, options.seed + (1 if underediting else 0), "train")
     args = FlowSFTConfig(
-        output_dir=str(options.out) + ".run",
+        output_dir=tempfile.mkdtemp(),  # nothing is saved there
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
