@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
@@ -37,6 +38,21 @@ class FlowConfig(TrainingArguments):
                 raise EditrlError(
                     f"{option.name} is {value!r}; use one of {', '.join(choices)}." + did_you_mean(str(value), choices)
                 )
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        at_least = dict.fromkeys(sizes, 1) | dict.fromkeys(("learning_rate", "seed", "weight_decay"), 0)
+        for name, least in at_least.items():
+            self.require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
+        self.require(
+            self.max_steps == -1 or self.max_steps >= 1,
+            f"max_steps must be at least 1, or -1 for whole epochs, got {self.max_steps}",
+        )
+        self.require(
+            self.save_strategy != "steps" or self.save_steps > 0, f"save_steps must be above 0, got {self.save_steps}"
+        )
+        self.require(0 < self.shift < math.inf, f"shift must be a finite number above 0, got {self.shift}")
+        self.require(
+            self.ema_decay is None or 0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}"
+        )
 
     def require(self, condition: bool, message: str) -> None:
         """Raise `EditrlError(message)` unless `condition`."""
@@ -152,8 +168,15 @@ class FlowGRPOConfig(FlowConfig):
     def __post_init__(self):
         super().__post_init__()
         require = self.require
-        for name in ("num_generations", "num_iterations", "num_inference_steps", "sde_window_size"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        steps = ("num_inference_steps", "eval_num_inference_steps", "sde_window_size", "num_iterations")
+        for name in (*steps, "num_generations", "generation_batch_size", "steps_per_generation"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        for name in ("beta", "video_steps", "num_videos"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("noise_level", "epsilon", "epsilon_high", "eval_shift"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
         require(self.num_generations >= 2, "num_generations must be at least 2: a group of one has no advantage")
         self.epsilon = DEFAULT_EPSILON[self.loss_type] if self.epsilon is None else self.epsilon
         if self.timestep_weighting is None:

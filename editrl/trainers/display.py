@@ -49,13 +49,19 @@ class LiveDisplay(TrainerCallback):
             return
         self.progress.update(self.task, completed=state.global_step)
         self.live.update(Group(self.progress, self.table(state.log_history)))
+        if args.eval_strategy == "no" and not self.console.is_terminal and "reward" in logs:
+            self._print_line(state, f"reward {logs['reward']:.3f}")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.task is None or self.console.is_terminal:
             return
         shown = ", ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in metrics.items() if "/" in name)
+        self._print_line(state, shown)
+
+    def _print_line(self, state, values: str) -> None:
         seconds = time.perf_counter() - self.started
-        self.console.print(f"update {state.global_step}/{state.max_steps} after {seconds:.0f} s: {shown}")
+        line = f"update {state.global_step}/{state.max_steps} after {seconds:.0f} s: {values}"
+        self.console.print(line, soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.live.is_started:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.nn.functional import adaptive_max_pool2d
 from transformers import AutoTokenizer, CLIPTextModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from editrl.data import EditExample
-from editrl.errors import EditrlError
+from editrl.errors import EditrlError, did_you_mean
 from editrl.policies.hunyuan_video.instructor import Instructor
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.policy import Conditions, FlowPolicy
@@ -192,13 +193,17 @@ class HunyuanVideoPolicy(FlowPolicy):
             if dtype not in DTYPES:
                 raise EditrlError(f"policy dtype is '{dtype}'; choose one of {', '.join(DTYPES)}")
             dtype = getattr(torch, dtype)
+        known = [name for name in inspect.signature(Instructor).parameters if name not in ("model", "processor")]
+        for name in instructor_settings.keys() - set(known):
+            options = [*known, "transformer", "vlm", "dtype", "guidance_scale"]
+            raise EditrlError(f"the hunyuan_video policy has no argument '{name}'." + did_you_mean(name, options))
         settings = _saved_settings(path) | instructor_settings
 
-        def load(kind: str, location: str, subfolder: str | None, **kwargs):
+        def load(kind: str, location: str, subfolder: str | None, method: str = "from_pretrained", **kwargs):
             if subfolder is not None:
                 kwargs["subfolder"] = subfolder
             try:
-                return SUBFOLDERS[kind].from_pretrained(location, **kwargs)
+                return getattr(SUBFOLDERS[kind], method)(location, **kwargs)
             except (OSError, ValueError) as error:
                 where = f"'{location}'" + (f", subfolder '{subfolder}'" if subfolder else "")
                 reason = str(error).strip().splitlines()[0]
@@ -207,13 +212,19 @@ class HunyuanVideoPolicy(FlowPolicy):
                     "Give a folder in Hub layout, or download it first with `hf download`."
                 ) from error
 
-        instructor = Instructor(
-            load("vlm", vlm or path, None if vlm else "vlm", dtype=dtype),
-            load("processor", vlm or path, None if vlm else "processor"),
-            **settings,
-        )
+        whose, folder = (transformer, None) if transformer else (path, "transformer")
+        load("transformer", whose, folder, method="load_config")  # a wrong folder must not wait for the VLM
+        model = load("vlm", vlm or path, None if vlm else "vlm", dtype=dtype)
+        processor = load("processor", vlm or path, None if vlm else "processor")
+        if processor.patch_size is None:
+            # The LLaVA-LLaMA-3 checkpoint comes without a processor configuration; its vision tower is a CLIP, whose
+            # class token is the one additional image token.
+            processor.patch_size = model.config.vision_config.patch_size
+            processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+            processor.num_additional_image_tokens = 1
+        instructor = Instructor(model, processor, **settings)
         return cls(
-            load("transformer", transformer or path, None if transformer else "transformer", torch_dtype=dtype),
+            load("transformer", whose, folder, torch_dtype=dtype),
             load("vae", path, "vae", torch_dtype=dtype),
             instructor,
             load("text_encoder_2", path, "text_encoder_2", dtype=dtype),

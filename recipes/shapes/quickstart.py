@@ -39,6 +39,7 @@ def run(folder: Path, held_out: int, overrides: list[str]) -> Path:
     from transformers.utils import logging
 
     from editrl.cli.grpo import build, read_options, train
+    from editrl.cli.launch import save
     from editrl.recipes.shapes.dataset import write_dataset
     from editrl.recipes.shapes.world import sample_scenes
 
@@ -63,6 +64,7 @@ def run(folder: Path, held_out: int, overrides: list[str]) -> Path:
     if _evaluated(trainer.state.log_history)[-1:] != [trainer.state.global_step]:
         trainer.evaluate()  # the last update need not be one of every eval_steps
     trained = time.perf_counter()
+    save(trainer)
     after = trainer.sample(trainer.eval_dataset, shown)
     report = _report(
         folder / "report.html",

@@ -24,7 +24,14 @@ def small_grpo(shapes_manifest):
             further = ("--reward_funcs", reward, "--reward_weights", "1", "--metric_funcs", *further)
         return [
             *("grpo", "--config", "shapes/grpo", "--output_dir", str(output_dir)),
-            *("--train_manifest", str(shapes_manifest), "--eval_strategy", "no", "--eval_on_start", "false"),
+            *(
+                "--train_manifest",
+                str(shapes_manifest),
+                "--eval_strategy",
+                "no",
+                "--eval_on_start",
+                "false",
+            ),
             *("--num_generations", "4", "--generation_batch_size", "8", "--per_device_train_batch_size", "8"),
             *("--gradient_accumulation_steps", "2", "--num_inference_steps", "4", "--sde_window_range", "0", "2"),
             *("--max_steps", "2", "--save_steps", "1"),
