@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "cpu": {
         "quickstart-viva": f"--reward viva {WEIGHTS} {CPU}",
         "quickstart-random": f"--reward random {CPU}",
+        "quickstart-source-fidelity-alone": f"--reward source_fidelity {CPU}",
     },
 }
 
