@@ -12,8 +12,9 @@ quickstart: .venv/user.stamp
 
 dev: .venv/dev.stamp
 
+# One thread: the models of the tests are too small for more, and several processes would wait for each other.
 test: .venv/dev.stamp
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check
