@@ -20,6 +20,7 @@ CPU = (
     "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --window_end 2 --scenes 256 "
     "--learning_rate 5e-5 --schedule linear --updates 50 --eval_every 10"
 )
+COPYING = CPU.replace("5e-5 --schedule linear --updates 50 --eval_every 10", "1e-4 --updates 20 --eval_every 5")
 WEIGHTS = "--reward_weights 1 0.3 1"
 EXPERIMENTS = {
     "gpu": {
@@ -31,7 +32,7 @@ EXPERIMENTS = {
     "cpu": {
         "quickstart-viva": f"--reward viva {WEIGHTS} {CPU}",
         "quickstart-random": f"--reward random {CPU}",
-        "quickstart-source-fidelity-alone": f"--reward source_fidelity {CPU}",
+        "source-fidelity-alone": f"--reward source_fidelity {COPYING}",
     },
 }
 
