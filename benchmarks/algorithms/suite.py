@@ -15,12 +15,12 @@ from pathlib import Path
 # Large batches: 64 groups of 24 clips an update, from the ordinary checkpoint. The learning rate is
 # chosen so that the control stays flat; the KL holds what the reward does not ask for.
 GPU = "--checkpoint sft --learning_rate 2e-5 --beta 0.1 --updates 300 --eval_every 20"
-# As `editrl quickstart` trains (recipes/shapes/grpo.yaml), from the under-editing checkpoint.
-CPU = (
-    "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --window_end 2 --scenes 256 "
-    "--learning_rate 5e-5 --schedule linear --updates 50 --eval_every 10"
+# Small batches from the under-editing checkpoint; CPU is how `editrl quickstart` trains (recipes/shapes/grpo.yaml).
+SMALL = (
+    "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --window_end 2 --scenes 256"
 )
-COPYING = CPU.replace("5e-5 --schedule linear --updates 50 --eval_every 10", "1e-4 --updates 20 --eval_every 5")
+CPU = f"{SMALL} --learning_rate 5e-5 --schedule linear --updates 50 --eval_every 10"
+COPYING = f"{SMALL} --learning_rate 1e-4 --updates 20 --eval_every 5"
 WEIGHTS = "--reward_weights 1 0.3 1"
 EXPERIMENTS = {
     "gpu": {
