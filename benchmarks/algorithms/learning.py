@@ -144,7 +144,8 @@ def run(options: argparse.Namespace) -> dict:
             lora_alpha=4 * options.lora_rank,
             target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"],
         )
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "out"}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "weights")}
+    settings["weights"] = "shipped" if options.weights == WEIGHTS else options.weights.name
     result = {"settings": settings, "machine": machine(options.device), "evaluations": []}
     trainer = editrl.FlowGRPOTrainer(
         policy,
