@@ -272,7 +272,8 @@ def test_check_passes_when_every_row_has_what_is_needed():
     def captioned(videos, instructions, source_videos, target_captions, scene, **kwargs):
         return []
 
-    RewardSet([captioned]).check(dataset({"target_caption": "x", "scene": 0}, {"target_caption": "y", "scene": {}}))
+    rows = dataset({"target_caption": "x", "scene": 0}, {"target_caption": "y", "scene": {}})
+    assert RewardSet([captioned]).check(rows) is None
 
 
 def test_check_names_reward_column_row_and_remedy():
@@ -290,7 +291,7 @@ def test_check_decodes_nothing():
     def masked(videos, masks):
         return []
 
-    RewardSet([masked]).check(dataset({"source": "nowhere.mp4", "mask": "nowhere.png"}))
+    assert RewardSet([masked]).check(dataset({"source": "nowhere.mp4", "mask": "nowhere.png"})) is None
 
 
 # --- construction

@@ -88,11 +88,11 @@ class FlowTrainer(Trainer):
         self._means[name].append(value.detach().float() if isinstance(value, Tensor) else value)
 
     @contextlib.contextmanager
-    def timed(self, phase: str):
-        """Add the seconds of a block to `seconds/<phase>`, logged a step."""
+    def timed(self, phase: str, wait: bool = True):
+        """Add the seconds of a block to `seconds/<phase>`, logged a step. `wait`: for the GPU to finish the block."""
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
+        if wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds[phase] += time.perf_counter() - start
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -61,7 +62,7 @@ class FlowGRPOTrainer(FlowTrainer):
         args: see `FlowGRPOConfig`.
         train_dataset, eval_dataset: `EditDataset`s; targets are not used.
         peft_config: LoRA. The reference policy of the KL is then the model with its adapter switched off.
-        callbacks: as in transformers.
+        callbacks: as in transformers; one with `on_rollout(args, state, control, videos, samples)` sees every rollout.
         metric_funcs: rewards that are logged beside the others, in training and evaluation, and never optimised.
 
     Logs: `rewards/<name>/mean|std`, `frac_reward_zero_std` (share of groups that cannot teach), `ratio/mean`,
@@ -275,12 +276,13 @@ class FlowGRPOTrainer(FlowTrainer):
             return
         folder = Path(args.output_dir) / "videos" / f"step-{step:06d}"
         for video, sample, member in list(zip(videos, samples, members, strict=True))[: args.num_videos]:
+            name = quote(sample.id, safe="")  # an id may hold slashes
             if member == 0:
-                write_video(folder / f"{sample.id}-source.mp4", sample.source, sample.fps)
-            write_video(folder / f"{sample.id}-{member}.mp4", video, sample.fps)
+                write_video(folder / f"{name}-source.mp4", sample.source, sample.fps)
+            write_video(folder / f"{name}-{member}.mp4", video, sample.fps)
 
     def _rolled_out(self, videos: list[Tensor], samples: list[EditExample]) -> None:
-        """Tell callbacks that define `on_rollout` about freshly sampled clips (live displays, watchdogs)."""
+        """Show freshly sampled clips to the callbacks that define `on_rollout`."""
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_rollout"):
                 callback.on_rollout(self.args, self.state, self.control, videos=videos, samples=samples)
@@ -289,7 +291,8 @@ class FlowGRPOTrainer(FlowTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         before = sum(self._seconds.values())
-        with self.timed("step"):
+        # The GPU is waited for once an update, with its last micro-batch.
+        with self.timed("step", wait=self.accelerator.sync_gradients):
             loss = super().training_step(model, inputs, num_items_in_batch)
         # What a step takes beyond the rollout that it may have begun with is training.
         whole = self._seconds.pop("step")

@@ -73,9 +73,10 @@ def test_a_step_does_not_wait_for_the_gpu_when_sigmas_are_on_the_cpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         drawn = get_kernel("flow_sde").step(x, v, *levels, noise=noise)
-        get_kernel("flow_sde").step(x, v, 0.8, 0.7, next_sample=drawn.next_sample)
+        replayed = get_kernel("flow_sde").step(x, v, 0.8, 0.7, next_sample=drawn.next_sample)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert drawn.log_prob.is_cuda and replayed.log_prob.is_cuda
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
