@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from editrl.data import EditExample
-from editrl.flow import get_kernel, sigma_schedule
+from editrl.flow import dpm2_step, get_kernel, sigma_schedule
 from editrl.policy import Conditions, FlowPolicy
 
 INITIAL = 2**32 - 1
@@ -32,6 +32,21 @@ def sample_noise(shape: Sequence[int], seed: int, groups: Sequence[int], members
     """`counter_noise` for B samples: float32 [B, *shape]."""
     keys = zip(groups, members, strict=True)
     return torch.stack([counter_noise(shape, seed, int(group), int(member), step) for group, member in keys])
+
+
+def training_sigmas(normal: Tensor, sampling: str, shift: float) -> Tensor:
+    """Noise levels at which clean latents are trained: standard normal draws [B] -> (0, 1), then shifted.
+
+    `sampling`: "logit_normal" (Stable Diffusion 3) or "uniform".
+    """
+    uniform = torch.sigmoid(normal) if sampling == "logit_normal" else torch.special.ndtr(normal)
+    return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) * clean + sigma * noise, for sigma [B] and latents [B,...]."""
+    sigma = sigma.view(-1, *[1] * (clean.ndim - 1))
+    return (1 - sigma) * clean + sigma * noise
 
 
 @dataclass
@@ -66,8 +81,11 @@ def rollout(
     window: Sequence[int] = (),
     initial_noise: Tensor,
     step_noise: Callable[[int], Tensor] | None = None,
+    ode_solver: str = "euler",
+    start: int = 0,
+    stop: int | None = None,
 ) -> Trajectory:
-    """Integrate sigma 1 -> 0 for B samples: Euler steps outside the window, the stochastic kernel inside it.
+    """Integrate sigma 1 -> 0 for B samples: the ODE outside the window, the stochastic kernel inside it.
 
     Args:
         policy, transformer: whose velocity; the transformer may be wrapped.
@@ -75,28 +93,34 @@ def rollout(
         sigmas: [T+1] from `sigma_schedule`, the same tensor that training uses.
         kernel: of the window, from `editrl.flow.get_kernel`.
         window: indices of the stochastic steps, a subset of range(T); empty for a plain ODE rollout.
-        initial_noise: [B,C,f,h,w] at sigma 1.
+        initial_noise: [B,C,f,h,w], the state at sigmas[start].
         step_noise: denoising step -> standard normal [B,C,f,h,w]; needed when the window is not empty.
+        ode_solver: "euler", or "dpm2" (second order; its history starts anew after a stochastic step).
+        start, stop: run the steps range(start, stop) only, by default all T. What several samples share before the
+            window can so be computed once.
 
     The state is float32 throughout, so what is stored is exactly what was scored.
     """
     ode = get_kernel("ode")
     latents = initial_noise.to(policy.device, torch.float32)
     trajectory = Trajectory(latents, [], [], [], [], [])
-    for step in range(len(sigmas) - 1):
+    history = None
+    for step in range(start, len(sigmas) - 1 if stop is None else stop):
         sigma, sigma_next = sigmas[step], sigmas[step + 1]  # on the CPU: the kernels read their values
         velocity = policy.velocity(transformer, latents, sigma, conditions)
-        if step not in window:
+        if step in window:
+            noise = step_noise(step).to(latents.device)
+            transition = kernel.step(latents, velocity, sigma, sigma_next, noise=noise)
+            trajectory.steps.append(step)
+            trajectory.latents.append(latents)
+            trajectory.next_latents.append(transition.next_sample)
+            trajectory.means.append(transition.mean)
+            trajectory.log_probs.append(transition.log_prob)
+            latents, history = transition.next_sample, None
+        elif ode_solver == "dpm2":
+            latents, history = dpm2_step(latents, velocity, sigma, sigma_next, history)
+        else:
             latents = ode.step(latents, velocity, sigma, sigma_next).next_sample
-            continue
-        noise = step_noise(step).to(latents.device)
-        transition = kernel.step(latents, velocity, sigma, sigma_next, noise=noise)
-        trajectory.steps.append(step)
-        trajectory.latents.append(latents)
-        trajectory.next_latents.append(transition.next_sample)
-        trajectory.means.append(transition.mean)
-        trajectory.log_probs.append(transition.log_prob)
-        latents = transition.next_sample
     trajectory.clean = latents
     return trajectory
 
@@ -111,6 +135,7 @@ def edit_examples(
     shift: float,
     noise_keys: Sequence[tuple[int, ...]],
     batch_size: int = 8,
+    ode_solver: str = "euler",
 ) -> list[Tensor]:
     """Edit examples by the plain ODE; clips [F,3,H,W] float32 in [0,1].
 
@@ -123,6 +148,6 @@ def edit_examples(
         conditions = policy.encode(examples[part]).to(policy.device)
         shape = policy.latent_shape(conditions)
         noise = torch.stack([counter_noise(shape, *key) for key in noise_keys[part]])
-        trajectory = rollout(policy, transformer, conditions, sigmas=sigmas, kernel=None, initial_noise=noise)
+        trajectory = rollout(policy, transformer, conditions, sigmas=sigmas, initial_noise=noise, ode_solver=ode_solver)
         videos.extend(policy.decode(trajectory.clean))
     return videos

@@ -73,7 +73,7 @@ def _step(
     if noise is None and next_sample is None and kernel.stochastic:
         raise ValueError(f"{kernel.name} is stochastic: give noise (to draw) or next_sample (to score)")
 
-    levels = _levels(sigma, sigma_next)
+    levels = check_levels(sigma, sigma_next)
     sample_weight, velocity_weight, std = kernel.coefficients(*levels)
     if next_sample is not None and (std == 0).any():
         raise ValueError(
@@ -90,7 +90,7 @@ def _step(
 
 def _std(kernel: "Kernel", sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
     """Standard deviation of the step, sqrt|dt| included: float32, 0-d, or [B] where a sigma is [B]."""
-    return kernel.coefficients(*_levels(sigma, sigma_next))[2]
+    return kernel.coefficients(*check_levels(sigma, sigma_next))[2]
 
 
 def _gradient_scale(kernel: "Kernel", sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _gradient_scale(kernel: "Kernel", sigma: float | Tensor, sigma_next: float |
     Raises:
         ValueError: the step has std 0, so it cannot be trained.
     """
-    sigma, sigma_next = _levels(sigma, sigma_next)
+    sigma, sigma_next = check_levels(sigma, sigma_next)
     _, velocity_weight, std = kernel.coefficients(sigma, sigma_next)
     if (std == 0).any():
         raise ValueError(
@@ -257,7 +257,7 @@ def _sde_coefficients(s: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Ten
     return 1 + drift * dt, (1 + drift * (1 - sigma)) * dt, s * dt.abs().sqrt()
 
 
-def _levels(sigma: float | Tensor, sigma_next: float | Tensor) -> tuple[Tensor, Tensor]:
+def check_levels(sigma: float | Tensor, sigma_next: float | Tensor) -> tuple[Tensor, Tensor]:
     """Both sigmas in float32 with one shape (0-d or [B]), after checking their order and range."""
     sigma = torch.as_tensor(sigma, dtype=torch.float32)
     sigma_next = torch.as_tensor(sigma_next, dtype=torch.float32, device=sigma.device)

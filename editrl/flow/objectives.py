@@ -1,4 +1,4 @@
-"""What is minimised: clipped policy losses, the KL to a reference, and the flow-matching (SFT) loss.
+"""Policy losses of the denoising steps that a rollout took, and the KL to a reference (own samples: `matching`).
 
 A log-probability here is a mean over the D elements of a sample, not a sum (`kernels`), so ratios lie within about
 1 ± 1e-3 and clip ranges are of the order 1e-4 (`grpo_loss`) or 2e-6 (`grpo_guard_loss`), not PPO's 0.2.
@@ -21,8 +21,9 @@ class PolicyLoss:
     ratio: float32 [B], detached, before clipping. Exactly 1 before the first update; the sign and the size of
         `ratio - 1` against the clip range tell whether clipping can act at all.
     clipped_low: bool [B], the sample has no gradient because its ratio fell below 1 - epsilon and its advantage is < 0.
+        In `dppo_loss`, which has no clip range: dropped, with an advantage < 0.
     clipped_high: bool [B], the sample has no gradient because its ratio rose above 1 + epsilon_high and its advantage
-        is > 0.
+        is > 0. In `dppo_loss`: dropped, with an advantage > 0.
     """
 
     loss: Tensor
@@ -94,16 +95,61 @@ def grpo_guard_loss(
         ValueError: as `grpo_loss`; the shapes of the means differ; std or dt is not one value a sample; dt is 0.
     """
     _check_batch(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, weights=weights)
-    bias = gaussian_kl(mean, old_mean.detach(), std)
-    if bias.shape != log_prob.shape:
-        raise ValueError(f"mean holds {len(bias)} samples, but log_prob has shape {list(log_prob.shape)}")
+    bias = _moved_by(mean, old_mean, std, log_prob)
     if (torch.as_tensor(dt) == 0).any():
         raise ValueError("dt must not be 0: give sigma_next - sigma of the step")
-    step_size = _one_per_sample("dt", dt, mean).abs()
+    step_size = one_per_sample("dt", dt, mean).abs()
     difference = log_prob.float() - old_log_prob.detach().float()
-    ratio = ((difference + bias) * _one_per_sample("std", std, mean)).exp()
+    ratio = ((difference + bias) * one_per_sample("std", std, mean)).exp()
     weights = 1 / step_size if weights is None else weights.float() / step_size
     return _clipped_surrogate(ratio, advantages, epsilon, epsilon_high, weights)
+
+
+def dppo_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    *,
+    mean: Tensor,
+    old_mean: Tensor,
+    std: Tensor,
+    threshold: float = 1e-5,
+    weights: Tensor | None = None,
+) -> PolicyLoss:
+    """Flow-DPPO (arXiv 2606.11025): no clip; a term is dropped where the transition itself has moved too far.
+
+    r = exp(log_prob - old_log_prob), loss = mean_B of -w·A·r·keep. A term is dropped (keep = 0, no gradient) where both
+    hold: mean_D((mean - old_mean)²) / (2·std²) >= threshold, and the ratio has already moved the advantage's way
+    (r > 1 and A > 0, or r < 1 and A < 0). A term that pulls the policy back always keeps its gradient. Dropped terms
+    count in the mean over B, so that the others do not get heavier.
+
+    The distance is exact where a ratio is one noisy draw, but the direction is still read off the mean-reduced ratio,
+    which a drift blind to the noise pushes below 1 on video whatever its advantage (see `grpo_loss`): dropping is then
+    as one-sided as clipping. Compare the two clip fractions.
+
+    Args:
+        log_prob, old_log_prob, advantages, weights: as in `grpo_loss`.
+        mean: [B, ...] transition mean under the current weights; its gradient is ignored, log_prob carries it.
+        old_mean: [B, ...] the one kept from the rollout.
+        std: of the transition, sqrt|dt| included; 0-d, [B] or [B, 1, ...].
+        threshold: above 0; 1e-5 is a mean that moved by 0.0045 std an element.
+
+    Raises:
+        ValueError: shapes are not all [B]; the shapes of the means differ; std is not one value a sample; threshold is
+            not above 0.
+    """
+    _check_batch(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, weights=weights)
+    if not threshold > 0:
+        raise ValueError(f"threshold must be above 0, got {threshold!r}")
+    advantages = advantages.float()
+    ratio = (log_prob.float() - old_log_prob.detach().float()).exp()
+    too_far = _moved_by(mean.detach(), old_mean, std, log_prob) >= threshold
+    dropped_low = too_far & (ratio < 1) & (advantages < 0)
+    dropped_high = too_far & (ratio > 1) & (advantages > 0)
+    losses = (-advantages * ratio).masked_fill(dropped_low | dropped_high, 0)
+    if weights is not None:
+        losses = losses * weights
+    return PolicyLoss(loss=losses.mean(), ratio=ratio.detach(), clipped_low=dropped_low, clipped_high=dropped_high)
 
 
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
@@ -126,8 +172,8 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
     """
     if mean.shape != ref_mean.shape:
         raise ValueError(f"the means have different shapes: {list(mean.shape)} and {list(ref_mean.shape)}")
-    variance = _one_per_sample("std", std, mean).square()
-    return _mean_per_sample((mean.float() - ref_mean.float()).square()) / (2 * variance)
+    variance = one_per_sample("std", std, mean).square()
+    return mean_per_sample((mean.float() - ref_mean.float()).square()) / (2 * variance)
 
 
 def timestep_weights(kernel: Kernel, sigmas: Tensor, steps: Sequence[int], mode: str = "none") -> Tensor:
@@ -164,40 +210,6 @@ def timestep_weights(kernel: Kernel, sigmas: Tensor, steps: Sequence[int], mode:
     return weights / weights.mean()
 
 
-def flow_matching_loss(
-    velocity: Tensor, clean: Tensor, noise: Tensor, *, mask: Tensor | None = None, mask_weight: float = 1.0
-) -> Tensor:
-    """Rectified flow: mean over D of (1 + mask_weight·mask)·(velocity - (noise - clean))².
-
-    Not divided by the weights' sum: a clip with a larger edit weighs more, and without a mask it is the plain loss.
-
-    Args:
-        velocity: [B,C,F,H,W] predicted at (1-σ)·clean + σ·noise, with gradient.
-        clean, noise: same shape.
-        mask: [B,1,F,H,W] edit region on the latent grid, in [0, 1], any dtype; zeros for a sample without one.
-        mask_weight: extra weight inside the mask, at least 0.
-
-    Returns:
-        float32 [B].
-
-    Raises:
-        ValueError: shapes do not fit, or mask_weight is negative.
-    """
-    if not velocity.shape == clean.shape == noise.shape:
-        raise ValueError(
-            f"velocity, clean and noise have different shapes: {[list(t.shape) for t in (velocity, clean, noise)]}"
-        )
-    if mask_weight < 0:
-        raise ValueError(f"mask_weight must be at least 0, got {mask_weight!r}")
-    error = (velocity.float() - (noise.float() - clean.float())).square()
-    if mask is not None:
-        one_channel = (velocity.shape[0], 1, *velocity.shape[2:])
-        if mask.shape != one_channel:
-            raise ValueError(f"mask must be on the latent grid, {list(one_channel)}, got {list(mask.shape)}")
-        error = error * (1 + mask_weight * mask.float())
-    return _mean_per_sample(error)
-
-
 def _clipped_surrogate(
     ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float | None, weights: Tensor | None
 ) -> PolicyLoss:
@@ -219,14 +231,22 @@ def _clipped_surrogate(
     )
 
 
+def _moved_by(mean: Tensor, old_mean: Tensor, std: Tensor, log_prob: Tensor) -> Tensor:
+    """How far the transition moved since the rollout: its KL to the old one divided by D, [B]."""
+    kl = gaussian_kl(mean, old_mean.detach(), std)
+    if kl.shape != log_prob.shape:
+        raise ValueError(f"mean holds {len(kl)} samples, but log_prob has shape {list(log_prob.shape)}")
+    return kl
+
+
 def _check_batch(**tensors: Tensor | None) -> None:
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(shapes["log_prob"]) != 1 or any(shape != shapes["log_prob"] for shape in shapes.values()):
         raise ValueError(f"all of these must have the same shape [B]: {shapes}")
 
 
-def _one_per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """float32, [1] or [B], on the device of `like`."""
+def one_per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """`value` (float, 0-d, [B] or [B, 1, ...]) as float32, [1] or [B], on the device of `like` [B, ...]."""
     flat = torch.as_tensor(value).reshape(-1)
     flat = flat.to(like.device, torch.float32, non_blocking=flat.device.type == "cpu")  # does not wait for the GPU
     if len(flat) not in (1, len(like)):
@@ -234,5 +254,6 @@ def _one_per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     return flat
 
 
-def _mean_per_sample(value: Tensor) -> Tensor:
+def mean_per_sample(value: Tensor) -> Tensor:
+    """Mean over all but the first dimension, [B, ...] → [B]."""
     return value.reshape(len(value), -1).mean(dim=1)

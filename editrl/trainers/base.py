@@ -25,8 +25,6 @@ from editrl.trainers.config import FlowConfig
 COMPLETE = "complete"
 """Last file of a checkpoint: a folder without it was cut off while being written."""
 
-EMA_FILE = "ema.pt"
-
 
 class FlowTrainer(Trainer):
     """Base of the trainers; trains `policy.transformer`, whole or through PEFT adapters."""
@@ -71,11 +69,16 @@ class FlowTrainer(Trainer):
                 "the trained weights are not float32, so small updates would be rounded away; load the policy with "
                 "dtype float32, train LoRA adapters, or use DeepSpeed, which keeps float32 copies"
             )
-        if args.ema_decay and is_deepspeed_zero3_enabled():
-            raise EditrlError("ema_decay does not work with ZeRO-3, which shards the weights; use ZeRO-2, or drop it")
-        self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay else None
-        if self.ema is not None:
-            self.ema.to(args.device, torch.float32)  # in bfloat16 a slow average would never move
+        self.averages: dict[str, EMAModel] = {}
+        for name, decay in args.average_decays.items():
+            if not decay:
+                continue
+            if is_deepspeed_zero3_enabled():
+                raise EditrlError(
+                    f"{name}_decay does not work with ZeRO-3, which shards the weights; use ZeRO-2, or drop it"
+                )
+            self.averages[name] = EMAModel(self.trained_parameters(), decay=decay)
+            self.averages[name].to(args.device, torch.float32)  # in bfloat16 a slow average would never move
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer sees."""
@@ -113,29 +116,36 @@ class FlowTrainer(Trainer):
             means = dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         return means
 
-    # Exponential moving average.
+    # Exponential moving averages.
+
+    @property
+    def ema(self) -> EMAModel | None:
+        """The moving average that evaluation and the saved editor use."""
+        return self.averages.get("ema")
 
     @contextlib.contextmanager
-    def averaged_weights(self):
-        """Within the block the model holds the moving average, if there is one."""
-        if self.ema is None:
+    def averaged_weights(self, name: str = "ema"):
+        """Within the block the model holds the moving average `name`, if there is one."""
+        average = self.averages.get(name)
+        if average is None:
             yield
             return
         parameters = self.trained_parameters()
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
+        average.store(parameters)
+        average.copy_to(parameters)
         try:
             yield
         finally:
-            self.ema.restore(parameters)
+            average.restore(parameters)
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
         # Runs once after each optimizer step, before that step is logged, evaluated or saved.
         control = self.control
         if control.should_log or control.should_save or control.should_training_stop:
             self._require_finite(float(tr_loss))
-        if self.ema is not None and self.ema.optimization_step < self.state.global_step:
-            self.ema.step(self.trained_parameters())
+        for average in self.averages.values():
+            if average.optimization_step < self.state.global_step:
+                average.step(self.trained_parameters())
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _require_finite(self, loss: float) -> None:
@@ -186,8 +196,8 @@ class FlowTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.ema is not None:
-                torch.save(self.ema.state_dict(), folder / EMA_FILE)
+            for name, average in self.averages.items():
+                torch.save(average.state_dict(), folder / f"{name}.pt")
             (folder / COMPLETE).touch()
             rotate_checkpoints(
                 output_dir=str(run),
@@ -198,12 +208,14 @@ class FlowTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.ema is not None:
-            file = Path(checkpoint) / EMA_FILE
+        if checkpoint is None:
+            return
+        for name, average in self.averages.items():
+            file = Path(checkpoint) / f"{name}.pt"
             if not file.exists():
-                raise EditrlError(f"'{checkpoint}' was saved without a moving average; resume it without ema_decay")
-            self.ema.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-            self.ema.to(self.args.device, torch.float32)
+                raise EditrlError(f"'{checkpoint}' was saved without a moving average; resume it without {name}_decay")
+            average.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            average.to(self.args.device, torch.float32)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `transformers.Trainer.train`; `True` resumes from the newest complete checkpoint of `output_dir`."""

@@ -55,7 +55,8 @@ class LiveDisplay(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.task is None or self.console.is_terminal:
             return
-        shown = ", ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in metrics.items() if "/" in name)
+        scores = {name: value for name, value in metrics.items() if name.startswith(("eval_rewards/", "eval_metrics/"))}
+        shown = ", ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in scores.items())
         self._print_line(state, shown)
 
     def _print_line(self, state, values: str) -> None:

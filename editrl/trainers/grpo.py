@@ -6,7 +6,6 @@ import copy
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,38 +18,22 @@ from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
 from editrl.data import EditDataset, EditExample, write_video
 from editrl.errors import EditrlError
-from editrl.flow import (
-    gaussian_kl,
-    get_kernel,
-    group_advantages,
-    grpo_guard_loss,
-    grpo_loss,
-    sigma_schedule,
-    timestep_weights,
-    zero_std_groups,
-)
+from editrl.flow import PolicyLoss, get_kernel, group_advantages, sigma_schedule, zero_std_groups
 from editrl.policy import Conditions, FlowPolicy
 from editrl.reward import RewardSet, reward_columns
-from editrl.rollout import INITIAL, edit_examples, rollout, sample_noise
+from editrl.rollout import edit_examples
 from editrl.trainers.base import FlowTrainer
-from editrl.trainers.config import FlowGRPOConfig
+from editrl.trainers.chunk import Chunk, best_and_worst, select
 from editrl.trainers.groups import GroupSchedule
+from editrl.trainers.grpo_config import FlowGRPOConfig
+from editrl.trainers.matching import NoisedBatch, matching_loss, noised_batches
+from editrl.trainers.sampling import sample_groups, stochastic_steps
+from editrl.trainers.watchdog import Watchdog
+from editrl.trainers.window import WindowBatch, window_batches, window_loss
+from editrl.watchdog import measure
 
 Reward = str | Callable
-
-
-@dataclass
-class MicroBatch:
-    """One trained (chunk of clips, window step): everything a replay of that step needs."""
-
-    latents: Tensor  # [B,C,f,h,w]
-    next_latents: Tensor  # [B,C,f,h,w]
-    old_mean: Tensor  # [B,C,f,h,w]
-    old_log_prob: Tensor  # [B]
-    advantages: Tensor  # [B]
-    conditions: Conditions
-    step: int  # index into the schedule
-    weight: float  # of this step, mean 1 over the window
+MicroBatch = WindowBatch | NoisedBatch
 
 
 class FlowGRPOTrainer(FlowTrainer):
@@ -65,8 +48,10 @@ class FlowGRPOTrainer(FlowTrainer):
         callbacks: as in transformers; one with `on_rollout(args, state, control, videos, samples)` sees every rollout.
         metric_funcs: rewards that are logged beside the others, in training and evaluation, and never optimised.
 
-    Logs: `rewards/<name>/mean|std`, `frac_reward_zero_std` (share of groups that cannot teach), `ratio/mean`,
-    `ratio/deviation` (mean |ratio - 1|), `clip_ratio/low|high`, `kl`, `grad_norm`, `seconds/<phase>` a step.
+    The objective is `args.loss_type`; `window` and `matching` hold the two families. Logs: `rewards/<name>/mean|std`,
+    `frac_reward_zero_std` (share of groups that cannot teach), `ratio/mean`, `ratio/deviation` (mean |ratio - 1|),
+    `clip_ratio/low|high`, `drift` (how far the mean of a step moved, in its std; for nft and awm the velocity), each of
+    these also as `<name>/step_<k>` for denoising step k; `kl`, `grad_norm`, `watchdog/<measure>`, `seconds/<phase>`.
     """
 
     def __init__(
@@ -98,8 +83,12 @@ class FlowGRPOTrainer(FlowTrainer):
             args.max_steps = generations * args.updates_per_generation
         if args.beta and peft_config is None and args.deepspeed:
             raise EditrlError("beta without LoRA needs a second whole model, which DeepSpeed does not hold; use LoRA")
+        if args.log_step_grad_norm and args.deepspeed:
+            raise EditrlError("log_step_grad_norm needs the gradients, which DeepSpeed keeps to itself; drop it")
         self._micro_batches: list[MicroBatch] = []
         self._micro_step = 0
+        if args.watchdog != "off":
+            callbacks = [*(callbacks or []), Watchdog(args.watchdog)]
         super().__init__(policy, args, train_dataset, eval_dataset, peft_config, callbacks)
         disable_dropout_in_model(self.model)  # the model that is updated must be the one that sampled
         for scorer in filter(None, [self.rewards, self.watched]):
@@ -135,10 +124,11 @@ class FlowGRPOTrainer(FlowTrainer):
         """The next micro-batch; a new rollout whenever the last one is used up."""
         per_generation = self.args.steps_per_generation * self.args.num_iterations
         if self._micro_step % per_generation == 0:
-            self._micro_batches = self._generate(inputs["numbers"].tolist())
+            self._micro_batches = self.generate(inputs["numbers"].tolist())
             self._order = self._micro_batch_order()
         micro_batch = self._micro_batches[self._order[self._micro_step % per_generation]]
         self._micro_step += 1
+        self._current_step = micro_batch.step
         return micro_batch
 
     def _micro_batch_order(self) -> list[int]:
@@ -172,8 +162,11 @@ class FlowGRPOTrainer(FlowTrainer):
 
     # Rollout.
 
-    def _generate(self, numbers: list[list[int]]) -> list[MicroBatch]:
-        """Sample, decode and score this process's share [(group, example index)] of a generation batch."""
+    def generate(self, numbers: list[list[int]]) -> list[MicroBatch]:
+        """Sample, decode and score a rollout: this process's share of a generation batch, as micro-batches to train.
+
+        `numbers`: [group, example index] of each clip; the members of a group are neighbours.
+        """
         args, device = self.args, self.args.device
         groups, indices = (list(column) for column in zip(*numbers, strict=True))
         first = args.process_index * len(groups)
@@ -184,11 +177,11 @@ class FlowGRPOTrainer(FlowTrainer):
             examples = {index: self.train_dataset[index] for index in distinct}
             encoded = self.policy.encode([examples[index] for index in distinct]).to(device)
             conditions = encoded[torch.tensor([distinct.index(index) for index in indices], device=device)]
-            window = self._window(groups[0] // args.groups_per_generation)
+            window = stochastic_steps(args, groups[0] // args.groups_per_generation)
+            size = min(args.per_device_train_batch_size, len(groups))
             self.model_wrapped.eval()
-            size = args.per_device_train_batch_size
-            chunks = [slice(start, start + size) for start in range(0, len(groups), size)]
-            trajectories = [self._rollout(conditions[chunk], groups[chunk], members[chunk], window) for chunk in chunks]
+            with self.averaged_weights("old_policy"):
+                trajectories = sample_groups(self, conditions, groups, members, window, size)
         with self.timed("decode"):
             videos = [video for part in trajectories for video in self.policy.decode(part.clean).float()]
         samples = [examples[index] for index in indices]
@@ -197,44 +190,15 @@ class FlowGRPOTrainer(FlowTrainer):
         self._write_videos(videos, samples, members)
         self._rolled_out(videos, samples)
 
-        weights = timestep_weights(self.kernel, self.sigmas, window, args.timestep_weighting).tolist()
-        return [
-            MicroBatch(
-                part.latents[k],
-                part.next_latents[k],
-                part.means[k],
-                part.log_probs[k],
-                advantages[chunk],
-                conditions[chunk],
-                step,
-                weights[k],
-            )
-            for chunk, part in zip(chunks, trajectories, strict=True)
-            for k, step in enumerate(part.steps)
+        slices = [slice(start, start + size) for start in range(0, len(groups), size)]
+        chunks = [
+            Chunk(trajectory, conditions[part], groups[part], members[part], advantages[part])
+            for part, trajectory in zip(slices, trajectories, strict=True)
         ]
-
-    def _window(self, generation: int) -> range:
-        """The stochastic steps of a rollout; one window for all groups, so that their updates share a noise level."""
-        start, stop = self.args.sde_window_range
-        if self.args.sde_window == "random":
-            places = stop - start - self.args.sde_window_size + 1
-            generator = torch.Generator().manual_seed(self.args.seed + generation)
-            start += int(torch.randint(places, (1,), generator=generator))
-        return range(start, start + self.args.sde_window_size)
-
-    def _rollout(self, conditions: Conditions, groups: list[int], members: list[int], window: range):
-        args, shape = self.args, self.policy.latent_shape(conditions)
-        starts = [0] * len(members) if args.same_init_noise else members
-        return rollout(
-            self.policy,
-            self.model_wrapped,
-            conditions,
-            sigmas=self.sigmas,
-            kernel=self.kernel,
-            window=window,
-            initial_noise=sample_noise(shape, args.seed, groups, starts, INITIAL),
-            step_noise=lambda step: sample_noise(shape, args.seed, groups, members, step),
-        )
+        if args.num_selected_generations:
+            chunks = select(chunks, best_and_worst(advantages, groups, args.num_selected_generations), size)
+        with self.timed("rollout"), self.averaged_weights("old_policy"):
+            return window_batches(self, chunks) if args.on_window else noised_batches(self, chunks)
 
     def _advantages(self, videos: list[Tensor], samples: list[EditExample], groups: list[int]) -> Tensor:
         """Score the clips, and compare them within their groups over all processes. Returns this process's [B]."""
@@ -251,6 +215,10 @@ class FlowGRPOTrainer(FlowTrainer):
         if self.watched is not None:
             watched = self.accelerator.gather(self.watched(videos, columns).to(device))
             self._record_scores(self.watched, watched, "metrics")
+        if args.watchdog != "off":
+            for name, values in measure(videos, [sample.source for sample in samples]).items():
+                if not values.isnan().all():  # images do not flicker
+                    self.record(f"watchdog/{name}", values.nanmean())
         advantages = group_advantages(
             rewards,
             group_ids,
@@ -293,58 +261,59 @@ class FlowGRPOTrainer(FlowTrainer):
         before = sum(self._seconds.values())
         # The GPU is waited for once an update, with its last micro-batch.
         with self.timed("step", wait=self.accelerator.sync_gradients):
+            gradients = self._gradients() if self.args.log_step_grad_norm else None
             loss = super().training_step(model, inputs, num_items_in_batch)
+            if gradients is not None:
+                self._record_step_grad_norm(gradients)
         # What a step takes beyond the rollout that it may have begun with is training.
         whole = self._seconds.pop("step")
         self._seconds["train"] += whole - (sum(self._seconds.values()) - before)
         return loss
 
     def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None) -> Tensor:
-        args, batch = self.args, inputs
-        sigma, sigma_next = self.sigmas[batch.step], self.sigmas[batch.step + 1]
-        velocity = self.policy.velocity(model, batch.latents, sigma, batch.conditions)
-        replay = self.kernel.step(batch.latents, velocity, sigma, sigma_next, next_sample=batch.next_latents)
-        shared = {
-            "epsilon": args.epsilon,
-            "epsilon_high": args.epsilon_high,
-            "weights": torch.full_like(batch.advantages, batch.weight),
-        }
-        if args.loss_type == "grpo_guard":
-            objective = grpo_guard_loss(
-                replay.log_prob,
-                batch.old_log_prob,
-                batch.advantages,
-                mean=replay.mean,
-                old_mean=batch.old_mean,
-                std=replay.std,
-                dt=sigma_next - sigma,
-                **shared,
-            )
-        else:
-            objective = grpo_loss(replay.log_prob, batch.old_log_prob, batch.advantages, **shared)
-        loss = objective.loss
-        self.record("ratio/mean", objective.ratio.mean())
-        self.record("ratio/deviation", (objective.ratio - 1).abs().mean())
-        self.record("clip_ratio/low", objective.clipped_low.float().mean())
-        self.record("clip_ratio/high", objective.clipped_high.float().mean())
-        if args.beta:
-            # The reference's own forward needs no gradient; the mean it is compared with does.
-            kl = gaussian_kl(replay.mean, self._reference_mean(model, batch, sigma, sigma_next), replay.std)
-            self.record("kl", kl.mean())
-            loss = loss + args.beta * kl.mean()
-        return loss
+        return window_loss(self, model, inputs) if self.args.on_window else matching_loss(self, model, inputs)
 
-    @torch.no_grad()
-    def _reference_mean(self, model, batch: MicroBatch, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def reference_velocity(self, model, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """Velocity of the reference policy: the adapter switched off, or a copy of the first weights. No gradient."""
         if self.reference is None:
             switched_off = self.accelerator.unwrap_model(model).disable_adapter()
             reference = model
         else:
             # The policy's forward was wrapped for mixed precision after the copy was made.
             switched_off, reference = self.accelerator.autocast(), self.reference
-        with switched_off:
-            velocity = self.policy.velocity(reference, batch.latents, sigma, batch.conditions)
-        return self.kernel.step(batch.latents, velocity, sigma, sigma_next, next_sample=batch.next_latents).mean
+        with torch.no_grad(), switched_off:
+            return self.policy.velocity(reference, latents, sigma, conditions)
+
+    def record_ratio(self, objective: PolicyLoss, step: int | None = None) -> None:
+        """Record what a policy loss tells about its ratio."""
+        self.record("ratio/mean", objective.ratio.mean(), step)
+        self.record("ratio/deviation", (objective.ratio - 1).abs().mean(), step)
+        self.record("clip_ratio/low", objective.clipped_low.float().mean(), step)
+        self.record("clip_ratio/high", objective.clipped_high.float().mean(), step)
+
+    def record(self, name: str, value: Tensor | float, step: int | None = None) -> None:
+        """As `FlowTrainer.record`; with a denoising step, also under `<name>/step_<step>`."""
+        super().record(name, value)
+        if step is not None:
+            super().record(f"{name}/step_{step}", value)
+
+    def _gradients(self) -> list[Tensor]:
+        """What earlier micro-batches of this update have accumulated."""
+        return [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            for parameter in self.trained_parameters()
+        ]
+
+    def _record_step_grad_norm(self, before: list[Tensor]) -> None:
+        """Gradient norm of the last micro-batch by itself."""
+        added = [
+            parameter.grad - earlier
+            for parameter, earlier in zip(self.trained_parameters(), before, strict=True)
+            if parameter.grad is not None
+        ]
+        # Accumulated gradients are divided by the number of micro-batches.
+        norm = torch.nn.utils.get_total_norm(added) * self.args.gradient_accumulation_steps
+        FlowTrainer.record(self, f"grad_norm/step_{self._current_step}", norm)
 
     # Evaluation.
 
@@ -362,6 +331,7 @@ class FlowGRPOTrainer(FlowTrainer):
                 shift=args.eval_shift or args.shift,
                 noise_keys=[(args.eval_seed, index) for index in indices],
                 batch_size=args.per_device_eval_batch_size,
+                ode_solver=args.eval_ode_solver or args.ode_solver,
             )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -372,20 +342,34 @@ class FlowGRPOTrainer(FlowTrainer):
         mine = [(args.process_index + k * args.world_size) % len(dataset) for k in range(share)]
         counts = [args.process_index + k * args.world_size < len(dataset) for k in range(share)]
         videos = self.sample(dataset, mine)
-        columns = reward_columns([dataset[index] for index in mine])
+        samples = [dataset[index] for index in mine]
+        columns = reward_columns(samples)
+        scores = {"rewards": dict(zip(self.rewards.names, self.rewards(videos, columns).unbind(1), strict=True))}
+        if self.watched is not None:
+            scores["metrics"] = dict(zip(self.watched.names, self.watched(videos, columns).unbind(1), strict=True))
+        if args.watchdog != "off":
+            scores["watchdog"] = measure(videos, [sample.source for sample in samples])
         metrics = {}
-        for kind, scorer in {"rewards": self.rewards, "metrics": self.watched}.items():
-            if scorer is None:
-                continue
-            scores = scorer(videos, columns).to(args.device)
-            known = ~scores.isnan() & torch.tensor(counts, device=args.device).unsqueeze(1)
-            totals = torch.stack([scores.where(known, 0).sum(0), known.sum(0).float()])
-            sums, numbers = self.accelerator.reduce(totals, "sum")
-            for name, mean in zip(scorer.names, (sums / numbers).tolist(), strict=True):
+        for kind, columns in scores.items():
+            for name, values in columns.items():
+                mean, std = self._mean_and_std(values, counts)
                 metrics[f"{metric_key_prefix}_{kind}/{name}/mean"] = mean
+                if kind == "watchdog":
+                    metrics[f"{metric_key_prefix}_{kind}/{name}/std"] = std
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _mean_and_std(self, values: Tensor, counts: Sequence[bool]) -> tuple[float, float]:
+        """Over all processes, of the known values [B] that count; population std, NaN where there is none."""
+        values = values.cpu().double().where(torch.tensor(counts), torch.nan)
+        moments = torch.stack([(~values.isnan()).sum(), values.nansum(), values.square().nansum()])
+        wide = torch.float32 if self.args.device.type == "mps" else torch.float64
+        number, total, squares = self.accelerator.reduce(moments.to(self.args.device, wide), "sum").tolist()
+        if not number:
+            return math.nan, math.nan
+        mean = total / number
+        return mean, math.sqrt(max(squares / number - mean**2, 0))
 
 
 def as_reward_set(rewards: Reward | Sequence[Reward] | RewardSet, weights: list[float] | None = None) -> RewardSet:

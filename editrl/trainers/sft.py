@@ -15,7 +15,7 @@ from editrl.data import EditDataset, EditExample
 from editrl.errors import EditrlError
 from editrl.flow import flow_matching_loss
 from editrl.policy import Conditions, FlowPolicy
-from editrl.rollout import INITIAL, counter_noise
+from editrl.rollout import INITIAL, add_noise, counter_noise, training_sigmas
 from editrl.trainers.base import FlowTrainer
 from editrl.trainers.config import FlowSFTConfig
 
@@ -98,17 +98,14 @@ class FlowSFTTrainer(FlowTrainer):
         shape = clean.shape[1:]
         noise = torch.stack([counter_noise(shape, self.args.seed, step, index) for index in indices]).to(device)
         sigma = self._sigmas(indices, step).to(device)
-        sigma_map = sigma.view(-1, *[1] * len(shape))
-        latents = (1 - sigma_map) * clean + sigma_map * noise
+        latents = add_noise(clean, noise, sigma)
         velocity = self.policy.velocity(model, latents, sigma, conditions)
         return flow_matching_loss(velocity, clean, noise, mask=mask, mask_weight=self.args.mask_weight)
 
     def _sigmas(self, indices: Sequence[int], step: int) -> Tensor:
-        """Training noise levels [B]: logit-normal (Stable Diffusion 3) or uniform, then shifted."""
+        """Training noise levels [B]."""
         normal = torch.cat([counter_noise((1,), self.args.seed, step, index, INITIAL) for index in indices])
-        cdf = torch.special.ndtr(normal)
-        uniform = torch.sigmoid(normal) if self.args.timestep_sampling == "logit_normal" else cdf
-        return self.args.shift * uniform / (1 + (self.args.shift - 1) * uniform)
+        return training_sigmas(normal, self.args.timestep_sampling, self.args.shift)
 
     def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples):
         """Conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w] of each example."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editrl.flow import (
-    flow_matching_loss,
+    dppo_loss,
     gaussian_kl,
     get_kernel,
     grpo_guard_loss,
@@ -135,6 +135,38 @@ def drifted(drift, samples=64, elements=50_000, std=0.2, seed=0):
     return *log_probs, mean, old_mean, noise
 
 
+def drifted_rows(drift, elements, samples):
+    """log_prob, old_log_prob, mean, old_mean of `drifted`, made row by row: a batch of videos would fill the memory."""
+    for seed in range(samples):
+        yield drifted(drift, samples=1, elements=elements, seed=seed)[:4]
+
+
+@pytest.mark.parametrize(
+    "elements, drift, below, above",
+    [
+        (65_536, 0.014, (0.2, 0.8), 0),  # an image of 512²
+        (806_400, 0.02, (1, 1), 0),  # a video of 480 x 480 x 53
+    ],
+)
+def test_the_clip_of_a_mean_reduced_ratio_is_one_sided(elements, drift, below, above):
+    """log r ~ N(-d²/2, d²/D): on video all ratios lie below 1 - 1e-4 and none above 1 + 1e-4. The guard undoes it."""
+    rows, std, ones = list(drifted_rows(drift, elements, 24)), torch.tensor(0.2), torch.ones(1)
+    plain = [grpo_loss(row[0], row[1], ones, epsilon=1e-4).ratio for row in rows]
+    log_ratio = torch.cat(plain).log()
+    width = drift / elements**0.5
+    assert log_ratio.mean().item() == pytest.approx(-(drift**2) / 2, abs=3 * width / 24**0.5 + 5e-7)
+    assert log_ratio.std().item() == pytest.approx(width, rel=0.5)
+    assert below[0] <= (log_ratio.exp() < 1 - 1e-4).float().mean() <= below[1]
+    assert (log_ratio.exp() > 1 + 1e-4).float().mean() == above
+
+    guarded = [
+        grpo_guard_loss(row[0], row[1], ones, mean=row[2], old_mean=row[3], std=std, dt=-0.05, epsilon=2e-6).ratio
+        for row in rows
+    ]
+    assert 0.25 < (torch.cat(guarded) > 1).float().mean() < 0.75
+    assert torch.cat(guarded).log().mean().abs() < 3 * 0.2 * width / 24**0.5 + 1e-7
+
+
 def test_guard_removes_the_bias_of_the_mean_reduced_ratio():
     """At a drift of 0.02 every plain ratio is below 1, by about 0.02²/2 = 2e-4; normalised ones lie on both sides."""
     log_prob, old_log_prob, mean, old_mean, noise = drifted(0.02)
@@ -258,6 +290,162 @@ def test_guard_says_what_does_not_fit():
         grpo_guard_loss(torch.zeros(3), torch.zeros(3), torch.ones(3), **shared)
 
 
+# ---- dppo_loss
+
+
+def reference_dppo(log_prob, old_log_prob, advantages, mean, old_mean, std, threshold, weights):
+    """mean of -w·A·r over the kept terms (and zeros), one sample at a time in float64; also which were dropped."""
+    total, dropped = 0 * log_prob.sum(), []
+    for i in range(len(log_prob)):
+        ratio = (log_prob[i] - old_log_prob[i].double()).exp()
+        divergence = ((mean[i].double() - old_mean[i].double()) ** 2).mean() / (2 * std**2)
+        its_own_way = (ratio > 1 and advantages[i] > 0) or (ratio < 1 and advantages[i] < 0)
+        dropped.append(bool(divergence >= threshold and its_own_way))
+        if not dropped[-1]:
+            total = total - weights[i].double() * advantages[i].double() * ratio
+    return total / len(log_prob), torch.tensor(dropped)
+
+
+@settings(deadline=None)
+@given(
+    SEEDS,
+    st.lists(st.tuples(st.floats(-0.5, 0.5, width=32), FLOATS, st.floats(0.125, 4, width=32)), min_size=1, max_size=8),
+    st.floats(0.0625, 0.5, width=32),
+    st.sampled_from([0.03, 0.1, 0.3, 10.0]),
+)
+def test_dppo_loss_and_gradient_match_the_plain_formula(seed, rows, std, threshold):
+    difference, advantages, weights = (torch.tensor(column) for column in zip(*rows, strict=True))
+    old_log_prob = torch.full_like(difference, -1.25)
+    log_prob = (old_log_prob + difference).requires_grad_()
+    old_mean = randn(seed, len(rows), 12)
+    mean = old_mean + std * randn(seed + 1, len(rows), 1).expand(-1, 12)  # divergences around 0.5·(0 ... 4)
+    shared = {"threshold": threshold, "weights": weights}
+    policy = dppo_loss(
+        log_prob, old_log_prob, advantages, mean=mean, old_mean=old_mean, std=torch.tensor(std), **shared
+    )
+    exact = log_prob.detach().double().requires_grad_()
+    expected, dropped = reference_dppo(exact, old_log_prob, advantages, mean, old_mean, std, **shared)
+    assert (policy.clipped_low | policy.clipped_high).tolist() == dropped.tolist()
+    assert policy.clipped_low.tolist() == (dropped & (advantages < 0)).tolist()
+    torch.testing.assert_close(policy.loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.ratio.double(), (exact - old_log_prob.double()).exp().detach())
+    (gradient,) = torch.autograd.grad(policy.loss, log_prob)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def dppo_of(log_ratio, advantages, drift, **options):
+    """Means that moved by `drift` standard deviations [B] an element; std 0.1, so the divergence is drift²/2."""
+    mean = 0.1 * torch.tensor(drift)[:, None].expand(-1, 6)
+    zeros = torch.zeros(len(drift))
+    return dppo_loss(
+        log_ratio, zeros, torch.tensor(advantages), mean=mean, old_mean=0 * mean, std=torch.tensor(0.1), **options
+    )
+
+
+def test_dppo_drops_only_what_has_moved_both_too_far_and_its_own_way():
+    log_ratio = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1, -0.1, 0.0, 0.1]).requires_grad_()
+    advantages = [1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 0.0]
+    drift = [0.02, 0.02, 0.02, 0.02, 0.001, 0.001, 0.02, 0.02]
+    policy = dppo_of(log_ratio, advantages, drift)
+    assert policy.clipped_high.tolist() == [True, False, False, False, False, False, False, False]
+    assert policy.clipped_low.tolist() == [False, False, False, True, False, False, False, False]
+    (gradient,) = torch.autograd.grad(policy.loss, log_ratio)
+    assert (gradient != 0).tolist() == [False, True, True, False, True, True, True, False]
+    kept = torch.tensor([False, True, True, False, True, True, True, True])
+    torch.testing.assert_close(policy.loss, -(torch.tensor(advantages) * policy.ratio)[kept].sum() / 8)
+
+
+def test_dppo_drops_from_the_threshold_on():
+    log_ratio, mean, old_mean = torch.full((1,), 0.1), torch.full((1, 4), 0.5), torch.zeros(1, 4)
+    for threshold, dropped in ((0.5, True), (0.5 + 2**-20, False)):
+        shared = {"mean": mean, "old_mean": old_mean, "std": torch.tensor(0.5), "threshold": threshold}
+        assert dppo_loss(log_ratio, torch.zeros(1), torch.ones(1), **shared).clipped_high == dropped
+
+
+def test_the_default_dppo_threshold_is_a_drift_of_0_0045_std():
+    log_ratio = torch.full((2,), 0.1)
+    assert dppo_of(log_ratio, [1.0, 1.0], [0.0044, 0.0046]).clipped_high.tolist() == [False, True]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-0.5, 0.5, width=32), FLOATS), min_size=1, max_size=8))
+def test_dppo_below_its_threshold_is_grpo_without_a_clip(rows):
+    log_ratio, advantages = (torch.tensor(column) for column in zip(*rows, strict=True))
+    log_ratio.requires_grad_()
+    dppo = dppo_of(log_ratio, advantages.tolist(), [0.5] * len(rows), threshold=0.2)
+    grpo = grpo_loss(log_ratio, torch.zeros(len(rows)), advantages, epsilon=0.99, epsilon_high=1e6)
+    torch.testing.assert_close(dppo.loss, grpo.loss)
+    assert torch.equal(dppo.ratio, grpo.ratio)
+    assert not (dppo.clipped_low | dppo.clipped_high).any()
+    gradients = [torch.autograd.grad(policy.loss, log_ratio)[0] for policy in (dppo, grpo)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_dppo_keeps_everything_before_the_first_update():
+    sample, velocity, noise = (randn(seed, 3, 4, 5, 6) for seed in range(3))
+    kernel = get_kernel("flow_sde")
+    old = kernel.step(sample, velocity, 0.8, 0.7, noise=noise)
+    new = kernel.step(sample, velocity.clone().requires_grad_(), 0.8, 0.7, next_sample=old.next_sample)
+    policy = dppo_loss(
+        new.log_prob, old.log_prob, torch.tensor([1.0, -1.0, 2.0]), mean=new.mean, old_mean=old.mean, std=new.std
+    )
+    assert torch.equal(policy.ratio, torch.ones(3))
+    assert not (policy.clipped_low | policy.clipped_high).any()
+
+
+def test_the_dppo_mask_has_no_gradient_of_its_own():
+    log_prob, mean, old_mean = torch.zeros(2).requires_grad_(), randn(0, 2, 8).requires_grad_(), randn(1, 2, 8)
+    old_mean.requires_grad_()
+    policy = dppo_loss(log_prob, torch.zeros(2), torch.ones(2), mean=mean, old_mean=old_mean, std=torch.tensor(0.1))
+    policy.loss.backward()
+    assert log_prob.grad is not None
+    assert mean.grad is None
+    assert old_mean.grad is None
+    assert not policy.ratio.requires_grad
+
+
+def test_on_video_the_dppo_mask_is_one_sided_too():
+    """Its distance is exact, but its direction is the sign of a ratio that sinks below 1 whatever the advantage."""
+    advantages = [torch.ones(1) if seed % 2 else -torch.ones(1) for seed in range(8)]
+    for advantage, (log_prob, old_log_prob, mean, old_mean) in zip(
+        advantages, drifted_rows(0.02, 806_400, 8), strict=True
+    ):
+        policy = dppo_loss(log_prob, old_log_prob, advantage, mean=mean, old_mean=old_mean, std=torch.tensor(0.2))
+        assert not policy.clipped_high
+        assert policy.clipped_low == (advantage < 0)
+
+
+def test_dppo_takes_low_precision_and_one_std_for_each_sample():
+    log_prob, old_log_prob, advantages = torch.tensor([0.1, -0.1]), torch.zeros(2), torch.tensor([1.0, -1.0])
+    mean, old_mean = randn(0, 2, 64).bfloat16(), randn(1, 2, 64).bfloat16()
+    expected = dppo_loss(
+        log_prob, old_log_prob, advantages, mean=mean.float(), old_mean=old_mean.float(), std=torch.tensor(0.1)
+    )
+    for std in (torch.tensor(0.1), torch.full((2,), 0.1), torch.full((2, 1), 0.1)):
+        actual = dppo_loss(log_prob, old_log_prob, advantages.bfloat16(), mean=mean, old_mean=old_mean, std=std)
+        assert torch.equal(actual.loss, expected.loss)
+        assert actual.loss.dtype == torch.float32
+
+
+def test_dppo_says_what_does_not_fit():
+    shared = {"mean": torch.zeros(2, 4), "old_mean": torch.zeros(2, 4), "std": torch.tensor(0.1)}
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    for threshold in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="threshold must be above 0"):
+            dppo_loss(zeros, zeros, ones, threshold=threshold, **shared)
+    with pytest.raises(ValueError, match=r"'advantages': \[2, 1\]"):
+        dppo_loss(zeros, zeros, ones[:, None], **shared)
+    with pytest.raises(ValueError, match="weights"):
+        dppo_loss(zeros, zeros, ones, weights=ones[:1], **shared)
+    with pytest.raises(ValueError, match="different shapes"):
+        dppo_loss(zeros, zeros, ones, **{**shared, "old_mean": torch.zeros(1, 4)})
+    with pytest.raises(ValueError, match="std must be one value"):
+        dppo_loss(zeros, zeros, ones, **{**shared, "std": torch.ones(2, 4)})
+    with pytest.raises(ValueError, match="mean holds 2 samples"):
+        dppo_loss(torch.zeros(3), torch.zeros(3), torch.ones(3), **shared)
+
+
 # ---- gaussian_kl
 
 
@@ -325,50 +513,3 @@ def test_timestep_weights_say_what_is_wrong():
             timestep_weights(kernel, sigmas, steps, "uniform_gradient")
     with pytest.raises(ValueError, match="cps has std 0"):
         timestep_weights(kernel, sigmas, [6, 7], "uniform_gradient")
-
-
-# ---- flow_matching_loss
-
-
-@settings(deadline=None)
-@given(SEEDS, st.floats(0, 8, width=32), st.booleans())
-def test_flow_matching_loss_matches_the_formula(seed, mask_weight, masked):
-    shape = (2, 3, 2, 4, 5)
-    velocity, clean, noise = (randn(seed + i, *shape).requires_grad_(i == 0) for i in range(3))
-    mask = (randn(seed + 3, 2, 1, 2, 4, 5) > 0).float() if masked else None
-    loss = flow_matching_loss(velocity, clean, noise, mask=mask, mask_weight=mask_weight)
-    exact = velocity.detach().double().requires_grad_()
-    weight = 1 + mask_weight * (mask.double().expand(shape) if masked else 0)
-    expected = (weight * (exact - (noise.double() - clean.double())) ** 2).flatten(1).mean(1)
-    assert loss.shape == (2,)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    (gradient,) = torch.autograd.grad(loss.sum(), velocity)
-    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5)
-
-
-def test_flow_matching_loss_is_zero_at_the_exact_velocity_and_an_empty_mask_is_no_mask():
-    clean, noise = randn(0, 2, 3, 1, 4, 4), randn(1, 2, 3, 1, 4, 4)
-    assert flow_matching_loss(noise - clean, clean, noise).tolist() == [0.0, 0.0]
-    prediction, empty = randn(2, 2, 3, 1, 4, 4), torch.zeros(2, 1, 1, 4, 4, dtype=torch.bool)
-    plain = flow_matching_loss(prediction, clean, noise)
-    assert torch.equal(flow_matching_loss(prediction, clean, noise, mask=empty, mask_weight=3.0), plain)
-    full = flow_matching_loss(prediction, clean, noise, mask=~empty, mask_weight=3.0)
-    torch.testing.assert_close(full, 4 * plain)
-
-
-def test_flow_matching_loss_is_float32_for_low_precision_predictions():
-    velocity, clean, noise = (randn(i, 2, 3, 1, 4, 4) for i in range(3))
-    loss = flow_matching_loss(velocity.bfloat16(), clean, noise)
-    assert torch.equal(loss, flow_matching_loss(velocity.bfloat16().float(), clean, noise))
-    assert loss.dtype == torch.float32
-
-
-def test_flow_matching_loss_says_what_does_not_fit():
-    video = torch.zeros(2, 3, 1, 4, 4)
-    with pytest.raises(ValueError, match="different shapes"):
-        flow_matching_loss(video, video, video[:1])
-    with pytest.raises(ValueError, match="mask must be on the latent grid"):
-        flow_matching_loss(video, video, video, mask=torch.zeros(2, 1, 1, 8, 8))
-    with pytest.raises(ValueError, match="mask_weight must be at least 0"):
-        flow_matching_loss(video, video, video, mask=video[:, :1], mask_weight=-1.0)

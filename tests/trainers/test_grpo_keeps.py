@@ -12,6 +12,7 @@ from editrl.errors import EditrlError
 from editrl.recipes.shapes.dataset import rows
 from editrl.recipes.shapes.world import sample_scenes
 from editrl.rollout import edit_examples
+from editrl.trainers.window import reference_mean
 
 
 def brightness(videos, **kwargs):
@@ -53,7 +54,7 @@ def test_the_reference_of_an_adapter_is_the_base_model(grpo, editor):
     with torch.no_grad():
         velocity = editor.velocity(copy.deepcopy(editor.transformer), batch.latents, sigma, batch.conditions)
     expected = trainer.kernel.step(batch.latents, velocity, sigma, sigma_next, next_sample=batch.next_latents).mean
-    reference = trainer._reference_mean(trainer.model, batch, sigma, sigma_next)
+    reference = reference_mean(trainer, trainer.model, batch)
     torch.testing.assert_close(reference, expected, rtol=0, atol=1e-6)
     assert (reference - batch.old_mean).abs().max() > 1e-4
 

@@ -1,0 +1,101 @@
+"""Which steps of a rollout are stochastic, and the rollouts of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from editrl.policy import Conditions
+from editrl.rollout import INITIAL, Trajectory, rollout, sample_noise
+from editrl.trainers.grpo_config import FlowGRPOConfig
+
+if TYPE_CHECKING:
+    from editrl.trainers.grpo import FlowGRPOTrainer
+
+
+def stochastic_steps(args: FlowGRPOConfig, generation: int) -> range:
+    """The window of rollout number `generation`; one for all groups, so that their updates share a noise level.
+
+    Fixed and random as in Flow-GRPO-Fast, sliding as in MixGRPO: it moves on by a step every `sde_window_interval`
+    rollouts, and starts again when it has reached the end of its range.
+    """
+    if not args.on_window:
+        return range(0)
+    start, stop = args.sde_window_range
+    places = stop - start - args.sde_window_size + 1
+    if args.sde_window == "random":
+        generator = torch.Generator().manual_seed(args.seed + generation)
+        start += int(torch.randint(places, (1,), generator=generator))
+    elif args.sde_window == "sliding":
+        start += generation // args.sde_window_interval % places
+    return range(start, start + args.sde_window_size)
+
+
+def sample_groups(
+    trainer: FlowGRPOTrainer,
+    conditions: Conditions,
+    groups: Sequence[int],
+    members: Sequence[int],
+    window: range,
+    size: int,
+) -> list[Trajectory]:
+    """Trajectories of the clips, `size` at a time.
+
+    Members that start from one noise share their states up to the window: these are computed once a group.
+    """
+    args = trainer.args
+    shape = trainer.policy.latent_shape(conditions)
+    settings = {
+        "sigmas": trainer.sigmas,
+        "kernel": trainer.kernel,
+        "window": window,
+        "ode_solver": args.ode_solver,
+    }
+    starts = [0] * len(members) if args.same_init_noise else members
+    first = window.start if args.same_init_noise and args.shared_prefix else 0
+    prefix = shared_states(trainer, conditions, groups, first, size, settings) if first else None
+    trajectories = []
+    for begin in range(0, len(groups), size):
+        part = slice(begin, begin + size)
+        if prefix is None:
+            state = sample_noise(shape, args.seed, groups[part], starts[part], INITIAL)
+        else:
+            state = torch.stack([prefix[group] for group in groups[part]])
+
+        def step_noise(step: int, part: slice = part) -> Tensor:
+            return sample_noise(shape, args.seed, groups[part], members[part], step)
+
+        trajectories.append(
+            rollout(
+                trainer.policy,
+                trainer.model_wrapped,
+                conditions[part],
+                initial_noise=state,
+                step_noise=step_noise,
+                start=first,
+                **settings,
+            )
+        )
+    return trajectories
+
+
+def shared_states(
+    trainer: FlowGRPOTrainer, conditions: Conditions, groups: Sequence[int], stop: int, size: int, settings: dict
+) -> dict[int, Tensor]:
+    """Group -> its state before step `stop`, from the initial noise of its member 0."""
+    distinct = list(dict.fromkeys(groups))
+    conditions = conditions[torch.tensor([groups.index(group) for group in distinct], device=trainer.args.device)]
+    shape = trainer.policy.latent_shape(conditions)
+    states = []
+    for begin in range(0, len(distinct), size):
+        part = slice(begin, begin + size)
+        noise = sample_noise(shape, trainer.args.seed, distinct[part], [0] * len(distinct[part]), INITIAL)
+        states.extend(
+            rollout(
+                trainer.policy, trainer.model_wrapped, conditions[part], initial_noise=noise, stop=stop, **settings
+            ).clean
+        )
+    return dict(zip(distinct, states, strict=True))
