@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -87,8 +88,8 @@ def machine(device: str) -> dict[str, str]:
     return {"device": name, "torch": torch.__version__, "cpus": str(os.cpu_count())}
 
 
-def run(options: argparse.Namespace) -> dict:
-    """Train and judge; returns what is written to `options.out`."""
+def build(options: argparse.Namespace, callbacks=(), held_out: editrl.EditDataset | None = None):
+    """The trainer of an experiment."""
     logging.set_verbosity_error()
     policy = editrl.load_policy(
         "hunyuan_video",
@@ -96,74 +97,88 @@ def run(options: argparse.Namespace) -> dict:
         transformer=str(options.weights / options.checkpoint) if options.checkpoint != "sft" else None,
     )
     train = editrl.EditDataset(rows(sample_scenes(options.scenes, 5 * 10**5 + options.seed, "train")))
-    held_out = editrl.EditDataset(rows(sample_scenes(options.eval_scenes, EVAL_SEED, "heldout")))
     clips = options.groups * options.members
-    micro = options.micro_batch or clips
-    per_generation = clips * options.window // micro
-    args = editrl.FlowGRPOConfig(
-        output_dir=str(options.out.with_suffix(".run")),
-        max_steps=options.updates,
-        num_generations=options.members,
-        generation_batch_size=clips,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=per_generation // options.updates_per_rollout,
-        per_device_eval_batch_size=min(512, micro),
-        num_inference_steps=options.steps,
-        sde_window_size=options.window,
-        sde_window_range=[0, options.window_end],
-        sde_kernel="flow_sde",
-        noise_level=options.noise_level,
-        same_init_noise=options.same_init_noise,
-        loss_type=options.loss_type,
-        beta=options.beta,
-        scale_rewards=options.scale_rewards,
-        shift=3.0,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
-        warmup_steps=2,
-        weight_decay=0.0,
-        adam_beta2=options.adam_beta2,
-        ema_decay=options.ema or None,
-        eval_num_inference_steps=8,
-        eval_strategy="steps",
-        eval_steps=options.eval_every,
-        eval_on_start=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=options.seed,
-        tf32=options.device.startswith("cuda") or None,
-        use_cpu=options.device == "cpu",
-    )
-    peft_config = None
-    if options.lora_rank:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(
-            r=options.lora_rank,
-            lora_alpha=4 * options.lora_rank,
-            target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"],
-        )
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "weights")}
-    settings["weights"] = "shipped" if options.weights == WEIGHTS else options.weights.name
-    result = {"settings": settings, "machine": machine(options.device), "evaluations": []}
-    trainer = editrl.FlowGRPOTrainer(
+    settings = {
+        "output_dir": str(options.out.with_suffix(".run")),
+        "max_steps": options.updates,
+        "num_generations": options.members,
+        "generation_batch_size": clips,
+        "per_device_train_batch_size": options.micro_batch or clips,
+        "per_device_eval_batch_size": min(512, options.micro_batch or clips),
+        "num_inference_steps": 8,
+        "sde_window_size": 2,
+        "sde_window_range": [0, 6],
+        "noise_level": 0.7,
+        "shift": 3.0,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.99,
+        "ema_decay": 0.9,
+        "eval_num_inference_steps": 8,
+        "eval_ode_solver": "euler",
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": options.eval_every,
+        "eval_on_start": held_out is not None,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "watchdog": "off",
+        "seed": options.seed,
+        "tf32": options.device.startswith("cuda") or None,
+        "use_cpu": options.device == "cpu",
+    }
+    settings |= dict(options.set)
+    args = editrl.FlowGRPOConfig(**settings)
+    if "gradient_accumulation_steps" not in settings:  # one on-policy update a rollout
+        settings["gradient_accumulation_steps"] = args.steps_per_generation
+        args = editrl.FlowGRPOConfig(**settings)
+    return editrl.FlowGRPOTrainer(
         policy,
         reward_set(options),
         args,
         train,
         held_out,
-        peft_config,
-        callbacks=[Recorder(options.out, result)],
+        lora(options.lora_rank) if options.lora_rank else None,
+        callbacks=list(callbacks),
         metric_funcs=[ORACLE + name for name in ("oracle_success", "oracle_preservation")],
     )
-    trainer.train()
+
+
+def lora(rank: int):
+    """Every linear layer of the blocks; alpha is 4·rank, since 1·rank hardly learns."""
+    from peft import LoraConfig
+
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"]
+    return LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=layers)
+
+
+def described(options: argparse.Namespace) -> dict:
+    """The settings of a run as its result states them."""
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "weights", "set")}
+    return settings | dict(options.set) | {"weights": "shipped" if options.weights == WEIGHTS else options.weights.name}
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Train and judge; returns what is written to `options.out`."""
+    held_out = editrl.EditDataset(rows(sample_scenes(options.eval_scenes, EVAL_SEED, "heldout")))
+    result = {"settings": described(options), "machine": machine(options.device), "evaluations": []}
+    build(options, [Recorder(options.out, result)], held_out).train()
     return result
 
 
-def parser() -> argparse.ArgumentParser:
+def setting(text: str) -> tuple[str, object]:
+    """`field=value` of `--set`, the value as in YAML."""
+    name, found, value = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be field=value, not {text!r}")
+    return name, yaml.safe_load(value)
+
+
+def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """The options of a run; the defaults are the large-batch setting for a GPU."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
     add("--reward", choices=["oracle", "viva", "random", "source_fidelity"], default="oracle")
     add("--reward_weights", type=float, nargs="+", help="one each; default 1")
@@ -179,20 +194,9 @@ def parser() -> argparse.ArgumentParser:
     add("--groups", type=int, default=64)
     add("--members", type=int, default=24)
     add("--micro_batch", type=int, default=0, help="0: the whole generation batch")
-    add("--updates_per_rollout", type=int, default=1)
-    add("--steps", type=int, default=8)
-    add("--window", type=int, default=2)
-    add("--window_end", type=int, default=6)
-    add("--noise_level", type=float, default=0.7)
-    add("--same_init_noise", action="store_true")
-    add("--loss_type", default="grpo")
-    add("--beta", type=float, default=0.0)
-    add("--scale_rewards", default="group")
     add("--learning_rate", type=float, default=5e-5)
-    add("--schedule", default="constant_with_warmup")
-    add("--adam_beta2", type=float, default=0.99)
-    add("--ema", type=float, default=0.9)
-    add("--lora_rank", type=int, default=0)
+    add("--lora_rank", type=int, default=0, help="0: train all weights")
+    add("--set", type=setting, nargs="+", default=[], metavar="FIELD=VALUE", help="any field of FlowGRPOConfig")
     return options
 
 

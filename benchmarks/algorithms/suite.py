@@ -12,22 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+WEIGHTS = "--reward_weights 1 0.3 1"
 # Large batches: 64 groups of 24 clips an update, from the ordinary checkpoint. The learning rate is
 # chosen so that the control stays flat; the KL holds what the reward does not ask for.
-GPU = "--checkpoint sft --learning_rate 2e-5 --beta 0.1 --updates 300 --eval_every 20"
+GPU = "--checkpoint sft --learning_rate 2e-5 --updates 300 --eval_every 20 --set beta=0.1"
 # Small batches from the under-editing checkpoint; CPU is how `editrl quickstart` trains (recipes/shapes/grpo.yaml).
-SMALL = (
-    "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --window_end 2 --scenes 256"
-)
-CPU = f"{SMALL} --learning_rate 5e-5 --schedule linear --updates 50 --eval_every 10"
-COPYING = f"{SMALL} --learning_rate 1e-4 --updates 20 --eval_every 5"
-WEIGHTS = "--reward_weights 1 0.3 1"
+SMALL = "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --scenes 256"
+CPU = f"{SMALL} --learning_rate 5e-5 --updates 50 --eval_every 10 --set sde_window_range=[0,2] lr_scheduler_type=linear"
+COPYING = f"{SMALL} --learning_rate 1e-4 --updates 20 --eval_every 5 --set sde_window_range=[0,2]"
 EXPERIMENTS = {
     "gpu": {
         "gpu-oracle": f"--reward oracle {GPU}",
         "gpu-viva": f"--reward viva {WEIGHTS} {GPU}",
         "gpu-random": f"--reward random {GPU}",
-        "gpu-source-fidelity-alone": f"--reward source_fidelity {GPU}",
     },
     "cpu": {
         "quickstart-viva": f"--reward viva {WEIGHTS} {CPU}",
@@ -62,7 +59,7 @@ def main() -> int:
             if complete(path, int(arguments[arguments.index("--updates") + 1])):
                 print(f"{path.stem}: complete", flush=True)
                 continue
-            waiting.append([*arguments, "--seed", str(seed), "--out", str(path)])
+            waiting.append(["--seed", str(seed), *arguments, "--out", str(path)])
     return run_all(waiting, options)
 
 

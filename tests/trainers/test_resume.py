@@ -53,6 +53,7 @@ GRPO = SHARED | {
     "beta": 0.1,
     "eval_num_inference_steps": 2,
 }
+NFT = GRPO | {"loss_type": "nft", "old_policy_decay": 0.9, "beta": 0.0}
 SFT = SHARED | {"max_steps": 7, "save_steps": 1, "per_device_train_batch_size": 2}  # six pairs: three updates an epoch
 
 
@@ -82,13 +83,13 @@ def tiny_policy() -> HunyuanVideoPolicy:
 
 
 def make(kind: str, folder: Path, callbacks=(), **changes):
-    """A trainer of one of three kinds: "grpo" (LoRA), "sft" (the whole transformer), "sft-lora" (with dropout)."""
+    """A trainer of a kind: "grpo" or "nft" (LoRA), "sft" (the whole transformer), "sft-lora" (with dropout)."""
     policy = tiny_policy()
     train = EditDataset(rows(sample_scenes(6, seed=0)))
     evaluate = EditDataset(rows(sample_scenes(2, seed=1)))
     output = {"output_dir": str(folder)}
-    if kind == "grpo":
-        args = FlowGRPOConfig(**output | GRPO | changes)
+    if kind in ("grpo", "nft"):
+        args = FlowGRPOConfig(**output | (GRPO if kind == "grpo" else NFT) | changes)
         return FlowGRPOTrainer(policy, [brightness], args, train, evaluate, lora(0.0), list(callbacks))
     peft = lora(0.5) if kind == "sft-lora" else None
     return FlowSFTTrainer(policy, FlowSFTConfig(**output | SFT | changes), train, evaluate, peft, list(callbacks))
@@ -108,11 +109,12 @@ class Kill(TrainerCallback):
 def saved(checkpoint: Path) -> dict:
     """Everything of a checkpoint that the rest of a run depends on."""
     weights = next(checkpoint.rglob("*model*.safetensors"))
+    averages = [name for name in ("ema.pt", "old_policy.pt") if (checkpoint / name).exists()]
     return {
         "weights": load_file(weights),
         "optimizer": torch.load(checkpoint / "optimizer.pt", weights_only=True),
         "scheduler": torch.load(checkpoint / "scheduler.pt", weights_only=True),
-        "average": torch.load(checkpoint / "ema.pt", weights_only=True),
+        "averages": {name: torch.load(checkpoint / name, weights_only=True) for name in averages},
     }
 
 
@@ -166,7 +168,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "killed_in", "resumes_at"), [("grpo", 6, 4), ("sft", 3, 2)])
+@pytest.mark.parametrize(("kind", "killed_in", "resumes_at"), [("grpo", 6, 4), ("nft", 6, 4), ("sft", 3, 2)])
 def test_a_killed_run_resumes_as_if_nothing_had_happened(uninterrupted, tmp_path, kind, killed_in, resumes_at):
     killed = subprocess.run([sys.executable, __file__, kind, tmp_path, str(killed_in)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
