@@ -39,7 +39,7 @@ class RandomReward:
 
 
 def reward_set(options: argparse.Namespace) -> editrl.RewardSet:
-    """The rewards of an experiment: oracle | viva (the three of the paper) | random | source_fidelity."""
+    """The rewards of an experiment; `benchmarks/README.md` says what each is for."""
     kind, weights = options.reward, options.weights
     clip, pick = ({"model": str(weights / name), "frames_per_forward": 2048} for name in ("clip", "pickscore"))
     if kind == "viva":
@@ -47,7 +47,10 @@ def reward_set(options: argparse.Namespace) -> editrl.RewardSet:
         return editrl.RewardSet(list(kwargs), kwargs=kwargs, weights=options.reward_weights)
     if kind == "source_fidelity":
         return editrl.RewardSet(["clip_source_fidelity"], kwargs={"clip_source_fidelity": clip})
-    return editrl.RewardSet([RandomReward(options.seed) if kind == "random" else ORACLE + "oracle_margin"])
+    if kind == "random":
+        return editrl.RewardSet([RandomReward(options.seed)])
+    parts = {"oracle": ["oracle_margin"], "oracle_both": ["oracle_margin", "oracle_preservation"]}[kind]
+    return editrl.RewardSet([ORACLE + part for part in parts], weights=options.reward_weights)
 
 
 class Recorder(TrainerCallback):
@@ -61,6 +64,7 @@ class Recorder(TrainerCallback):
         rewards = {k.split("/")[1]: v for k, v in metrics.items() if k.startswith("eval_rewards/")}
         point = {
             "update": state.global_step,
+            "clips": state.global_step // args.updates_per_generation * args.generation_batch_size,
             "seconds": round(time.perf_counter() - self.started, 1),
             "success": round(success, 4),
             "preservation_db": round(preservation, 3),
@@ -180,7 +184,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """The options of a run; the defaults are the large-batch setting for a GPU."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
-    add("--reward", choices=["oracle", "viva", "random", "source_fidelity"], default="oracle")
+    add("--reward", choices=["oracle", "oracle_both", "viva", "random", "source_fidelity"], default="oracle")
     add("--reward_weights", type=float, nargs="+", help="one each; default 1")
     add("--checkpoint", choices=["sft", "sft-underediting"], default="sft")
     add("--out", type=Path, required=True)

@@ -1,7 +1,8 @@
-"""All learning experiments: `python -m editrl.benchmarks.algorithms.suite cpu|gpu --out FOLDER`.
+"""All learning experiments: `python -m editrl.benchmarks.algorithms.suite gpu|cpu --out FOLDER`.
 
-Every experiment runs with three seeds beside a random-reward control of the same settings. A run whose result is
-complete is not repeated, so an interrupted suite goes on where it stopped. `summary.py` makes the table of the folder.
+Every experiment runs with three seeds, and every algorithm beside a random-reward control of the same settings. A run
+whose result is complete is not repeated, so an interrupted suite goes on where it stopped. `summary.py` makes the table
+of the folder.
 """
 
 import argparse
@@ -12,22 +13,41 @@ import sys
 import time
 from pathlib import Path
 
-WEIGHTS = "--reward_weights 1 0.3 1"
-# Large batches: 64 groups of 24 clips an update, from the ordinary checkpoint. The learning rate is
-# chosen so that the control stays flat; the KL holds what the reward does not ask for.
-GPU = "--checkpoint sft --learning_rate 2e-5 --updates 300 --eval_every 20 --set beta=0.1"
-# Small batches from the under-editing checkpoint; CPU is how `editrl quickstart` trains (recipes/shapes/grpo.yaml).
+VIVA = "--reward viva --reward_weights 1 0.3 1"
+REWARDS = {"oracle": "--reward oracle", "viva": VIVA, "random": "--reward random"}
+
+# Large batches: 64 groups of 24 clips a rollout, from the ordinary checkpoint. Learning rates are as high as preservation
+# allows; the KL holds what the reward does not ask for. Its scale is that of the loss, so betas differ.
+ROLLOUTS = "--updates 60 --eval_every 20"
+ALGORITHMS = {
+    "grpo": "--updates 300 --eval_every 20 --learning_rate 2e-5 --set beta=0.1",
+    "grpo_guard": f"{ROLLOUTS} --learning_rate 5e-5 --set loss_type=grpo_guard beta=0.5",
+    # Four updates a rollout: with one nothing can be masked, and dppo is grpo.
+    "dppo": "--updates 240 --eval_every 80 --learning_rate 5e-5 --micro_batch 384 "
+    "--set loss_type=dppo beta=0.1 gradient_accumulation_steps=2",
+    "nft": f"{ROLLOUTS} --learning_rate 1e-4 --set loss_type=nft beta=0.1 timesteps_per_sample=4",
+    "awm": f"{ROLLOUTS} --learning_rate 1e-4 --set loss_type=awm beta=0.04 timesteps_per_sample=4",
+    "rwr": f"{ROLLOUTS} --learning_rate 5e-5 --set loss_type=rwr beta=0.3 timesteps_per_sample=4",
+}
+LONG = (
+    "--updates 300 --eval_every 20 --learning_rate 1.5e-4 "
+    "--set loss_type=nft beta=0.08 timesteps_per_sample=4 lr_scheduler_type=linear ema_decay=0.98"
+)
+
+# Small batches from the under-editing checkpoint; as `editrl quickstart` trains (recipes/shapes/grpo.yaml).
 SMALL = "--checkpoint sft-underediting --device cpu --groups 8 --members 12 --micro_batch 48 --scenes 256"
 CPU = f"{SMALL} --learning_rate 5e-5 --updates 50 --eval_every 10 --set sde_window_range=[0,2] lr_scheduler_type=linear"
 COPYING = f"{SMALL} --learning_rate 1e-4 --updates 20 --eval_every 5 --set sde_window_range=[0,2]"
+
 EXPERIMENTS = {
     "gpu": {
-        "gpu-oracle": f"--reward oracle {GPU}",
-        "gpu-viva": f"--reward viva {WEIGHTS} {GPU}",
-        "gpu-random": f"--reward random {GPU}",
-    },
+        f"{reward}-{algorithm}": f"--checkpoint sft {rewarded} {settings}"
+        for reward, rewarded in REWARDS.items()
+        for algorithm, settings in ALGORITHMS.items()
+    }
+    | {"oracle-nft-long": f"--checkpoint sft --reward oracle {LONG}"},
     "cpu": {
-        "quickstart-viva": f"--reward viva {WEIGHTS} {CPU}",
+        "quickstart-viva": f"{VIVA} {CPU}",
         "quickstart-random": f"--reward random {CPU}",
         "source-fidelity-alone": f"--reward source_fidelity {COPYING}",
     },

@@ -1,15 +1,25 @@
-"""Table and plot of the learning runs: `python -m editrl.benchmarks.algorithms.summary RESULTS_FOLDER`.
+"""Table, plots and report of the learning runs: `python -m editrl.benchmarks.algorithms.summary RESULTS_FOLDER`.
 
-Runs that differ in their seed alone are averaged; each experiment stands beside its random-reward control.
+Runs that differ in their seed alone are averaged. `signal*.json` beside them, from `signal.py`, joins the report.
 """
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from editrl.report import Curve, write_report
+
 IGNORED = ("seed", "weights", "device")
+INTRO = """Every algorithm post-trains the same tiny video editor in the embedded world, on the same number of sampled \
+clips. An oracle that knows the scene judges 512 held-out scenes, with fixed noise: is the edit right, and how much of \
+the rest changed. Each experiment is named after what was rewarded: the oracle itself, the three rewards of VIVA, or \
+nothing (random), the control that shows what the optimizer does by itself.
+
+The gradient's signal is measured without any update: the cosine of the gradients of two independent batches, against \
+their size. At half_cosine_batch that cosine is expected to be one half: far smaller batches mostly follow noise."""
 
 
 def load(folder: Path) -> dict[str, list[dict]]:
@@ -44,6 +54,7 @@ def rows(runs: dict[str, list[dict]]) -> list[dict[str, str]]:
                 "experiment": name,
                 "seeds": str(len(group)),
                 "updates": str(last),
+                "clips": f"{at_last[0]['clips']:,}",
                 "success before": f"{mean(e['success'] for e in first):.3f}",
                 "success after": spread([e["success"] for e in at_last], 3),
                 "change, points": spread(change, 1),
@@ -55,48 +66,125 @@ def rows(runs: dict[str, list[dict]]) -> list[dict[str, str]]:
     return table
 
 
+def signal_rows(signal: dict) -> list[dict[str, str]]:
+    """One row an algorithm: the batch that its gradient asks for."""
+    table = []
+    for name, found in signal["algorithms"].items():
+        low, high = ("∞" if bound is None else f"{bound:,.0f}" for bound in found["half_cosine_batch_90"])
+        batch = found["half_cosine_batch"]
+        at = {point["clips"]: point["cosine"] for point in found["cosines"]}
+        table.append(
+            {
+                "algorithm": name,
+                "half_cosine_batch, clips": "∞" if batch is None else f"{batch:,.0f}",
+                "90 % interval": f"{low} – {high}",
+                **{f"cosine at {clips:,}": f"{cosine:.2f}" for clips, cosine in list(at.items())[::2]},
+            }
+        )
+    return table
+
+
 def markdown(table: list[dict[str, str]]) -> str:
     """As a Markdown table."""
     lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(runs: dict[str, list[dict]], path: Path) -> None:
-    """Success and preservation against updates; one line an experiment (mean), its seeds as a band."""
+def course(group: list[dict], x: str, y: str) -> list[tuple[float, float]]:
+    """Means over the seeds at every evaluation that all of them reached."""
+    points = defaultdict(list)
+    for run in group:
+        for evaluation in run["evaluations"]:
+            points[evaluation["update"]].append(evaluation)
+    whole = [evaluations for evaluations in points.values() if len(evaluations) == len(group)]
+    return [(mean(e[x] for e in evaluations), mean(e[y] for e in evaluations)) for evaluations in whole]
+
+
+def curves(runs: dict[str, list[dict]]) -> list[Curve]:
+    """For each reward, success and preservation against clips, and success against seconds; a line an algorithm."""
+    by_reward = defaultdict(dict)
+    for name, group in runs.items():
+        by_reward[group[0]["settings"]["reward"]][name] = group
+    panels = []
+    for reward, experiments in by_reward.items():
+        for y, x, title in (
+            ("success", "clips", "oracle success"),
+            ("preservation_db", "clips", "preservation, dB"),
+            ("success", "seconds", "oracle success"),
+        ):
+            series = {name: course(group, x, y) for name, group in experiments.items()}
+            label = "sampled clips" if x == "clips" else "seconds (several runs shared a GPU)"
+            panels.append(Curve(f"{title}, rewarded: {reward}", label, series))
+    return panels
+
+
+def signal_curves(signal: dict) -> list[Curve]:
+    """Cosine against batch size: as measured, and as signal and noise predict it."""
+    measured, expected = {}, {}
+    for name, found in signal["algorithms"].items():
+        measured[name] = [(point["clips"], point["cosine"]) for point in found["cosines"]]
+        if found["half_cosine_batch"]:
+            sizes = [2**k for k in range(8, 19)]
+            expected[name] = [(size, size / (size + found["half_cosine_batch"])) for size in sizes]
+    return [
+        Curve("cosine of two independent batches, measured", "clips a batch", measured, log_x=True),
+        Curve("cosine expected from signal and noise", "clips a batch", expected, log_x=True),
+    ]
+
+
+def plot(panels: list[Curve], path: Path) -> None:
+    """The panels as one PNG, three a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, key, title in zip(
-        axes, ("success", "preservation_db"), ("oracle success, held-out", "preservation, held-out (dB)"), strict=True
-    ):
-        for name, group in runs.items():
-            points = defaultdict(list)
-            for run in group:
-                for evaluation in run["evaluations"]:
-                    points[evaluation["update"]].append(evaluation[key])
-            updates = [update for update, values in sorted(points.items()) if len(values) == len(group)]
-            axis.plot(updates, [mean(points[u]) for u in updates], label=name)
-            axis.fill_between(updates, [min(points[u]) for u in updates], [max(points[u]) for u in updates], alpha=0.2)
-        axis.set(title=title, xlabel="update")
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure, axes = pyplot.subplots(down, across, figsize=(5 * across, 3.6 * down), layout="constrained", squeeze=False)
+    colours = {name: f"C{k % 10}" for k, name in enumerate(dict.fromkeys(n for panel in panels for n in panel.series))}
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for name, points in panel.series.items():
+            axis.plot(*zip(*points, strict=True), label=name, color=colours[name])
+        axis.set(title=panel.title, xlabel=panel.x_label, xscale="log" if panel.log_x else "linear")
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
+        axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--plot", type=Path, help="also draw the courses to this file")
+    parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="names of experiments; default all")
+    parser.add_argument("--plot", type=Path, help="also draw the courses to this PNG")
+    parser.add_argument("--signal_plot", type=Path, help="also draw the gradients' signal to this PNG")
+    parser.add_argument("--report", type=Path, help="also write tables and plots to this HTML file")
     options = parser.parse_args()
     runs = load(options.folder)
+    if options.only:
+        runs = {name: runs[name] for name in options.only}
     if not runs:
         parser.error(f"no *-seed*.json in {options.folder}")
     print(markdown(rows(runs)))
+    signals = [json.loads(path.read_text()) for path in sorted(options.folder.glob("signal*.json"))]
+    for signal in signals:
+        print("\n" + markdown(signal_rows(signal)))
+    panels = curves(runs)
     if options.plot:
-        plot(runs, options.plot)
+        plot(panels, options.plot)
+    if options.signal_plot and signals:
+        plot(signal_curves(signals[0]), options.signal_plot)
+    if options.report:
+        write_report(
+            options.report,
+            title="Which algorithm teaches an editor fastest?",
+            intro=INTRO,
+            summary=rows(runs) + [row for signal in signals for row in signal_rows(signal)],
+            curves=panels + [panel for signal in signals for panel in signal_curves(signal)],
+            cases=[],
+            settings={name: group[0]["settings"] for name, group in runs.items()},
+            timings={},
+        )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--width", type=int, help="resize and centre-crop to this width")
     parser.add_argument("--num_inference_steps", type=number(int, least=1), default=50, help="denoising steps (50)")
     parser.add_argument("--shift", type=number(float, above=0), default=7.0, help="timestep shift (7)")
+    parser.add_argument("--ode_solver", choices=["euler", "dpm2"], default="euler", help="Euler, or second order")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="embedded guidance (1)")
     parser.add_argument("--seed", type=number(int, least=0), default=0, help="seed of the initial noise (0)")
     parser.add_argument("--device", help="default: cuda where there is one")
@@ -92,6 +93,7 @@ def edit(options) -> None:
         num_inference_steps=options.num_inference_steps,
         shift=options.shift,
         noise_keys=[(options.seed,)],
+        ode_solver=options.ode_solver,
     )[0]
     if is_video:
         write_video(options.output, video, example.fps)

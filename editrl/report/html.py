@@ -31,6 +31,7 @@ class Curve:
     title: str
     x_label: str
     series: dict[str, list[tuple[float, float]]]
+    log_x: bool = False
 
 
 @dataclass
@@ -139,7 +140,11 @@ def plot_svg(curve: Curve, colours: dict[str, str]):
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set(color=INK, alpha=0.4)
-        axes.locator_params(axis="both", nbins=6)
+        if curve.log_x:
+            axes.set_xscale("log")
+        else:
+            axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="y", nbins=6)
         contents = io.StringIO()
         figure.savefig(
             contents, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -124,13 +124,6 @@ class FlowGRPOConfig(FlowConfig):
     timesteps_per_sample: int = field(
         default=2, metadata={"help": "nft, awm, rwr: timesteps at which each clip is noised and trained."}
     )
-    same_train_noise: bool = field(
-        default=False,
-        metadata={
-            "help": "nft, awm, rwr: members of a group are noised alike (timestep and noise), so that their gradients "
-            "differ by the clips alone."
-        },
-    )
     nft_beta: float = field(
         default=1.0, metadata={"help": "nft: how far the implicit positive and negative policies lie from the old one."}
     )

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 DRAW = 2**31
 """Draw k uses the noise of step DRAW + k, which no denoising step has."""
 
-EVERY_MEMBER = 2**32 - 1
-"""The member whose noise a group shares with `same_train_noise`."""
-
 
 @dataclass
 class NoisedBatch:
@@ -49,10 +46,9 @@ def noised_batches(trainer: FlowGRPOTrainer, chunks: Sequence[Chunk]) -> list[No
 def noised_batch(trainer: FlowGRPOTrainer, chunk: Chunk, draw: int, compared: Tensor) -> NoisedBatch:
     """Draw number `draw`, with the velocity of the policy that sampled (its weights are loaded) where it is needed."""
     args, clean = trainer.args, chunk.trajectory.clean
-    members = [EVERY_MEMBER] * len(chunk.members) if args.same_train_noise else chunk.members
-    noise = sample_noise(clean.shape[1:], args.seed, chunk.groups, members, DRAW + draw).to(clean.device)
-    keys = [(args.seed, group, member, DRAW + draw, 0) for group, member in zip(chunk.groups, members, strict=True)]
-    normal = torch.cat([counter_noise((1,), *key) for key in keys])
+    noise = sample_noise(clean.shape[1:], args.seed, chunk.groups, chunk.members, DRAW + draw).to(clean.device)
+    clips = zip(chunk.groups, chunk.members, strict=True)
+    normal = torch.cat([counter_noise((1,), args.seed, *clip, DRAW + draw, 0) for clip in clips])
     sigma = training_sigmas(normal, args.timestep_sampling, args.shift).to(clean.device)
     old_velocity = None
     if args.loss_type != "rwr" and ("old_policy" in trainer.averages or args.updates_per_generation > 1):

@@ -129,16 +129,6 @@ def test_every_clip_is_noised_at_as_many_timesteps_as_asked(grpo):
     assert torch.corrcoef(noise.flatten(0, 1)).fill_diagonal_(0).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_members_are_noised_alike_only_where_asked(grpo, shared):
-    trainer = grpo([brightness], loss_type="awm", same_train_noise=shared)
-    for batch in first_rollout(trainer):
-        for tensor in (batch.sigma, batch.noise.flatten(1).sum(1)):
-            assert tensor[:MEMBERS].unique().numel() == (1 if shared else MEMBERS)
-            assert tensor.unique().numel() == (2 if shared else 2 * MEMBERS)
-        assert len(batch.clean.flatten(1).sum(1).unique()) == 2 * MEMBERS
-
-
 def test_an_old_policy_is_a_moving_average_that_samples_and_is_compared_with(grpo, updates):
     trainer = grpo([brightness], loss_type="nft", old_policy_decay=0.9, ema_decay=0.1, max_steps=4, peft=None)
     trainer.train()
