@@ -16,8 +16,8 @@ from pathlib import Path
 VIVA = "--reward viva --reward_weights 1 0.3 1"
 REWARDS = {"oracle": "--reward oracle", "viva": VIVA, "random": "--reward random"}
 
-# Large batches: 64 groups of 24 clips a rollout, from the ordinary checkpoint. Learning rates are as high as preservation
-# allows; the KL holds what the reward does not ask for. Its scale is that of the loss, so betas differ.
+# Large batches: 64 groups of 24 clips a rollout, from the ordinary checkpoint. Learning rates are what preservation
+# allows; the KL holds what no reward asks for. Its scale is that of the loss, so betas differ.
 ROLLOUTS = "--updates 60 --eval_every 20"
 ALGORITHMS = {
     "grpo": "--updates 300 --eval_every 20 --learning_rate 2e-5 --set beta=0.1",
