@@ -97,24 +97,27 @@ def course(group: list[dict], x: str, y: str) -> list[tuple[float, float]]:
         for evaluation in run["evaluations"]:
             points[evaluation["update"]].append(evaluation)
     whole = [evaluations for evaluations in points.values() if len(evaluations) == len(group)]
-    return [(mean(e[x] for e in evaluations), mean(e[y] for e in evaluations)) for evaluations in whole]
+    scale = 1000 if x == "clips" else 1
+    return [(mean(e[x] for e in evaluations) / scale, mean(e[y] for e in evaluations)) for evaluations in whole]
 
 
 def curves(runs: dict[str, list[dict]]) -> list[Curve]:
-    """For each reward, success and preservation against clips, and success against seconds; a line an algorithm."""
-    by_reward = defaultdict(dict)
+    """For each reward and device, success and preservation against clips, and success against seconds."""
+    compared = defaultdict(dict)
     for name, group in runs.items():
-        by_reward[group[0]["settings"]["reward"]][name] = group
+        settings = group[0]["settings"]
+        reward = settings["reward"]
+        compared[reward, settings["device"]][name.removeprefix(f"{reward}-")] = group
     panels = []
-    for reward, experiments in by_reward.items():
+    for (reward, device), experiments in compared.items():
         for y, x, title in (
             ("success", "clips", "oracle success"),
             ("preservation_db", "clips", "preservation, dB"),
             ("success", "seconds", "oracle success"),
         ):
             series = {name: course(group, x, y) for name, group in experiments.items()}
-            label = "sampled clips" if x == "clips" else "seconds (several runs shared a GPU)"
-            panels.append(Curve(f"{title}, rewarded: {reward}", label, series))
+            label = "sampled clips, thousands" if x == "clips" else "seconds; runs shared the machine"
+            panels.append(Curve(f"{title}; rewarded: {reward} ({device})", label, series))
     return panels
 
 
