@@ -107,7 +107,7 @@ def curves(runs: dict[str, list[dict]]) -> list[Curve]:
     for name, group in runs.items():
         settings = group[0]["settings"]
         reward = settings["reward"]
-        compared[reward, settings["device"]][name.removeprefix(f"{reward}-")] = group
+        compared[reward, settings["device"]][name.rpartition(f"{reward}-")[2]] = group
     panels = []
     for (reward, device), experiments in compared.items():
         for y, x, title in (
