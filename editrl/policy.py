@@ -91,8 +91,11 @@ class FlowPolicy:
     size_multiple: int = 16
     """Height and width are multiples of this."""
 
-    def encode(self, examples: Sequence[EditExample]) -> Conditions:
-        """The frozen conditions of B examples: instruction, source clip, reference image. Under `torch.no_grad`."""
+    def encode(self, examples: Sequence[EditExample], unconditional: bool = False) -> Conditions:
+        """The frozen conditions of B examples: instruction, source clip, reference image. Under `torch.no_grad`.
+
+        `unconditional`: of the empty instruction, pictures kept; for classifier-free guidance and condition dropout.
+        """
         raise NotImplementedError
 
     def encode_videos(self, videos: Tensor) -> Tensor:

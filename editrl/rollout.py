@@ -84,6 +84,8 @@ def rollout(
     ode_solver: str = "euler",
     start: int = 0,
     stop: int | None = None,
+    unconditional: Conditions | None = None,
+    true_cfg_scale: float = 1.0,
 ) -> Trajectory:
     """Integrate sigma 1 -> 0 for B samples: the ODE outside the window, the stochastic kernel inside it.
 
@@ -98,6 +100,8 @@ def rollout(
         ode_solver: "euler", or "dpm2" (second order; its history starts anew after a stochastic step).
         start, stop: run the steps range(start, stop) only, by default all T. What several samples share before the
             window can so be computed once.
+        unconditional, true_cfg_scale: conditions of the empty instruction u; with them the velocity is
+            v_u + true_cfg_scale * (v - v_u).
 
     The state is float32 throughout, so what is stored is exactly what was scored.
     """
@@ -108,6 +112,9 @@ def rollout(
     for step in range(start, len(sigmas) - 1 if stop is None else stop):
         sigma, sigma_next = sigmas[step], sigmas[step + 1]  # on the CPU: the kernels read their values
         velocity = policy.velocity(transformer, latents, sigma, conditions)
+        if unconditional is not None:
+            away = policy.velocity(transformer, latents, sigma, unconditional)
+            velocity = away + true_cfg_scale * (velocity - away)
         if step in window:
             noise = step_noise(step).to(latents.device)
             transition = kernel.step(latents, velocity, sigma, sigma_next, noise=noise)
@@ -136,10 +143,15 @@ def edit_examples(
     noise_keys: Sequence[tuple[int, ...]],
     batch_size: int = 8,
     ode_solver: str = "euler",
+    true_cfg_scale: float = 1.0,
 ) -> list[Tensor]:
     """Edit examples by the plain ODE; clips [F,3,H,W] float32 in [0,1].
 
-    `noise_keys` gives each example the key of its `counter_noise`: the same key, the same edit.
+    Args:
+        noise_keys: gives each example the key of its `counter_noise`: the same key, the same edit.
+        ode_solver: "euler", or "dpm2".
+        true_cfg_scale: classifier-free guidance (arXiv 2207.12598) towards the instruction, at the price of a second
+            forward a step; 1 is none. Not the embedded guidance of a distilled model.
     """
     sigmas = sigma_schedule(num_inference_steps, shift)
     videos: list[Tensor] = []
@@ -148,6 +160,18 @@ def edit_examples(
         conditions = policy.encode(examples[part]).to(policy.device)
         shape = policy.latent_shape(conditions)
         noise = torch.stack([counter_noise(shape, *key) for key in noise_keys[part]])
-        trajectory = rollout(policy, transformer, conditions, sigmas=sigmas, initial_noise=noise, ode_solver=ode_solver)
+        unconditional = None
+        if true_cfg_scale != 1:
+            unconditional = policy.encode(examples[part], unconditional=True).to(policy.device)
+        trajectory = rollout(
+            policy,
+            transformer,
+            conditions,
+            sigmas=sigmas,
+            initial_noise=noise,
+            ode_solver=ode_solver,
+            unconditional=unconditional,
+            true_cfg_scale=true_cfg_scale,
+        )
         videos.extend(policy.decode(trajectory.clean))
     return videos

@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d
-from transformers import AutoTokenizer, CLIPTextModel, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import CLIPTextModel
 
 from editrl.data import EditExample
-from editrl.errors import EditrlError, did_you_mean
+from editrl.data.video import fit, to_uint8
+from editrl.errors import EditrlError
 from editrl.policies.hunyuan_video.instructor import Instructor
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.policy import Conditions, FlowPolicy
 from editrl.registry import register_policy
 
-SUBFOLDERS = {
-    "transformer": HunyuanVideoEditTransformer3DModel,
-    "vae": AutoencoderKLHunyuanVideo,
-    "text_encoder_2": CLIPTextModel,
-    "tokenizer_2": AutoTokenizer,
-    "vlm": LlavaForConditionalGeneration,
-    "processor": LlavaProcessor,
-}
-"""The folder of an editor: HunyuanVideo's Hub layout, with the instructor in `vlm/` and `processor/`."""
-
 SETTINGS_FILE = "editor.json"
-"""Beside those folders: the instructor's layer and prompts, which an editor must be used with as it was trained."""
+"""Beside the models' folders: what an editor must be used with as it was trained (instructor, reference)."""
 
-DTYPES = ("float32", "bfloat16", "float16")
+REFERENCE_POSITIONS = ("last", "first", "none")
+REFERENCE_NOISES = ("noise", "zeros")
 
 
 @register_policy("hunyuan_video")
@@ -50,55 +35,105 @@ class HunyuanVideoPolicy(FlowPolicy):
     Args:
         transformer: the editing transformer.
         vae: frozen video autoencoder (16 channels, 4x8x8).
-        instructor: frozen VLM over instruction, first frame and reference image.
-        text_encoder, tokenizer: frozen CLIP-L whose pooled embedding of the instruction modulates the blocks.
+        instructor: frozen VLM over instruction, source frames and reference image.
+        text_encoder, tokenizer: frozen CLIP-L whose pooled embedding of the instruction modulates the blocks. These
+            and the instructor may be None where conditions come from a cache; `encode` then is an error.
         guidance_scale: embedded guidance; the model is fed 1000 times this, as diffusers does. 1.0 in training, 6.0 is
             HunyuanVideo's usual value at inference.
+        reference_position: where the latent of the reference image joins the source's latents in time: "last" or
+            "first" slot, or "none" (it then reaches the model through the instructor only).
+        reference_noise: what stands in the noise half of that slot: "noise" (fixed for each image, the same in rollout
+            and update) or "zeros". The slot is no part of the result.
     """
 
     def __init__(
         self,
         transformer: HunyuanVideoEditTransformer3DModel,
         vae: AutoencoderKLHunyuanVideo,
-        instructor: Instructor,
-        text_encoder: CLIPTextModel,
+        instructor: Instructor | None,
+        text_encoder: CLIPTextModel | None,
         tokenizer,
         *,
         guidance_scale: float = 1.0,
+        reference_position: str = "last",
+        reference_noise: str = "noise",
     ):
+        for name, value, known in (
+            ("reference_position", reference_position, REFERENCE_POSITIONS),
+            ("reference_noise", reference_noise, REFERENCE_NOISES),
+        ):
+            if value not in known:
+                raise EditrlError(f"{name} is {value!r}; use one of {', '.join(known)}")
         self.transformer = transformer
         self.vae = vae.eval().requires_grad_(False)
         self.instructor = instructor
-        self.text_encoder = text_encoder.eval().requires_grad_(False)
+        self.text_encoder = text_encoder if text_encoder is None else text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.guidance_scale = guidance_scale
+        self.reference_position, self.reference_noise = reference_position, reference_noise
         self.frame_multiple = vae.temporal_compression_ratio
         self.size_multiple = vae.spatial_compression_ratio * transformer.config.patch_size
-        expected, found = vae.config.latent_channels, transformer.config.in_channels
-        if expected != found:
-            raise EditrlError(
-                f"the VAE has {expected} latent channels, the transformer takes {found}; use a matching pair"
-            )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        config = self.transformer.config
+        widths = [("VAE's latents", self.vae.config.latent_channels, "in_channels", config.in_channels)]
+        if self.instructor is not None:
+            widths.append(("VLM's tokens", self.instructor.width, "text_embed_dim", config.text_embed_dim))
+        if self.text_encoder is not None:
+            pooled = self.text_encoder.config.hidden_size
+            widths.append(("text encoder's embedding", pooled, "pooled_projection_dim", config.pooled_projection_dim))
+        for what, found, field, expected in widths:
+            if found != expected:
+                raise EditrlError(
+                    f"the {what} have {found} channels, the transformer's {field} is {expected}; use a matching pair"
+                )
 
     def frozen_modules(self) -> list[nn.Module]:
-        return [self.vae, self.instructor.model, self.text_encoder]
+        instructor = None if self.instructor is None else self.instructor.model
+        return [module for module in (self.vae, instructor, self.text_encoder) if module is not None]
+
+    def settings(self) -> dict:
+        """What `editor.json` holds."""
+        own = {"reference_position": self.reference_position, "reference_noise": self.reference_noise}
+        return own if self.instructor is None else self.instructor.settings() | own
+
+    # Conditions.
 
     @torch.no_grad()
-    def encode(self, examples: Sequence[EditExample]) -> Conditions:
+    def encode(self, examples: Sequence[EditExample], unconditional: bool = False) -> Conditions:
+        if self.instructor is None or self.text_encoder is None:
+            raise EditrlError(
+                "this editor was loaded without its encoders (encoders: false), so it edits cached conditions only; "
+                "give conditions_cache, or load it with its encoders"
+            )
         shapes = sorted({tuple(example.source.shape) for example in examples})
         if len(shapes) > 1:
             raise EditrlError(f"clips of one batch differ in size {shapes}; set num_frames, height and width")
         sources = torch.stack([example.source for example in examples])
-        tokens, mask = self.instructor(examples)
-        return Conditions(
-            {
-                "source_latents": self.encode_videos(sources),
-                "instructor_tokens": tokens,
-                "instructor_mask": mask,
-                "pooled_text": self._pooled_text([example.instruction for example in examples]),
-            },
-            sequences=frozenset({"instructor_tokens", "instructor_mask"}),
-        )
+        instructions = [None if unconditional else example.instruction for example in examples]
+        tokens, mask = self.instructor(examples, instructions)
+        tensors = {
+            "source_latents": self.encode_videos(sources),
+            "instructor_tokens": tokens,
+            "instructor_mask": mask,
+            "pooled_text": self._pooled_text([instruction or "" for instruction in instructions]),
+        }
+        if self.reference_position != "none":
+            tensors |= self._reference(examples, tensors["source_latents"])
+        return Conditions(tensors, sequences=frozenset({"instructor_tokens", "instructor_mask"}))
+
+    def _reference(self, examples: Sequence[EditExample], sources: Tensor) -> dict[str, Tensor]:
+        """Latents and noise [B,C,1,h,w] of the reference images, zeros where there is none, and who has one [B]."""
+        latents, noise = torch.zeros_like(sources[:, :, :1]), torch.zeros_like(sources[:, :, :1])
+        has = [example.reference_image is not None for example in examples]
+        for row in (row for row, found in enumerate(has) if found):
+            image = fit(examples[row].reference_image[:1].float(), *examples[row].source.shape[-2:])
+            latents[row : row + 1] = self.encode_videos(image.unsqueeze(0))
+            if self.reference_noise == "noise":
+                noise[row] = _noise_of(image, noise[row])
+        flags = torch.tensor(has, device=sources.device)
+        return {"reference_latents": latents, "reference_noise": noise, "has_reference": flags}
 
     def _pooled_text(self, instructions: list[str]) -> Tensor:
         inputs = self.tokenizer(
@@ -109,6 +144,8 @@ class HunyuanVideoPolicy(FlowPolicy):
     def _max_text_length(self) -> int:
         return self.text_encoder.config.max_position_embeddings
 
+    # Latents.
+
     @torch.no_grad()
     def encode_videos(self, videos: Tensor) -> Tensor:
         pixels = videos.to(self.vae.device, self.vae.dtype).permute(0, 2, 1, 3, 4) * 2 - 1
@@ -118,27 +155,6 @@ class HunyuanVideoPolicy(FlowPolicy):
 
     def latent_shape(self, conditions: Conditions) -> tuple[int, ...]:
         return tuple(conditions.source_latents.shape[1:])
-
-    def velocity(
-        self, transformer: nn.Module, latents: Tensor, sigma: Tensor | float, conditions: Conditions
-    ) -> Tensor:
-        dtype, device = self.transformer.dtype, latents.device
-        batch_size = len(latents)
-        # Formed in float32: a bfloat16 sigma times 1000 is wrong by more than a whole timestep.
-        timestep = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(batch_size) * 1000
-        guidance = None
-        if self.transformer.config.guidance_embeds:
-            guidance = torch.full((batch_size,), self.guidance_scale * 1000, dtype=torch.float32, device=device)
-        output = transformer(
-            hidden_states=torch.cat([latents, conditions.source_latents], dim=1).to(dtype),
-            timestep=timestep,
-            encoder_hidden_states=conditions.instructor_tokens.to(dtype),
-            encoder_attention_mask=conditions.instructor_mask,
-            pooled_projections=conditions.pooled_text.to(dtype),
-            guidance=guidance,
-            return_dict=False,
-        )
-        return output[0].float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -157,93 +173,81 @@ class HunyuanVideoPolicy(FlowPolicy):
         rest = rest.unflatten(1, (-1, self.frame_multiple)).amax(2) if frames > 1 else rest
         return torch.cat([first, rest], dim=1).transpose(1, 2)
 
+    # Velocity.
+
+    def velocity(
+        self, transformer: nn.Module, latents: Tensor, sigma: Tensor | float, conditions: Conditions
+    ) -> Tensor:
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+        marked = conditions.tensors.get("has_reference")
+        if marked is None or not marked.any():
+            return self._velocity(transformer, latents, sigma, conditions)
+        if marked.all():
+            return self._velocity_with_reference(transformer, latents, sigma, conditions)
+        # A reference is a frame more, so those with and those without are batches of their own.
+        velocity = torch.zeros_like(latents)
+        for rows, method in (
+            (marked.nonzero()[:, 0], self._velocity_with_reference),
+            ((~marked).nonzero()[:, 0], self._velocity),
+        ):
+            part = method(transformer, latents[rows], sigma[rows], conditions[rows])
+            velocity = velocity.index_copy(0, rows, part)
+        return velocity
+
+    def _velocity_with_reference(
+        self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditions: Conditions
+    ) -> Tensor:
+        def joined(video: Tensor, frame: Tensor) -> Tensor:
+            return torch.cat([video, frame] if self.reference_position == "last" else [frame, video], dim=2)
+
+        longer = Conditions(
+            conditions.tensors | {"source_latents": joined(conditions.source_latents, conditions.reference_latents)},
+            conditions.sequences,
+        )
+        velocity = self._velocity(transformer, joined(latents, conditions.reference_noise), sigma, longer)
+        return velocity[:, :, :-1] if self.reference_position == "last" else velocity[:, :, 1:]
+
+    def _velocity(self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        dtype = self.transformer.dtype
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full_like(sigma, self.guidance_scale * 1000)
+        output = transformer(
+            hidden_states=torch.cat([latents, conditions.source_latents], dim=1).to(dtype),
+            # Formed in float32: a bfloat16 sigma times 1000 is wrong by more than a whole timestep.
+            timestep=sigma * 1000,
+            encoder_hidden_states=conditions.instructor_tokens.to(dtype),
+            encoder_attention_mask=conditions.instructor_mask,
+            pooled_projections=conditions.pooled_text.to(dtype),
+            guidance=guidance,
+            return_dict=False,
+        )
+        return output[0].float()
+
+    # Folders.
+
     def save_pretrained(self, path: str | Path) -> None:
         path = Path(path)
+        if self.instructor is None or self.text_encoder is None:
+            raise EditrlError("this editor was loaded without its encoders, so it is no whole editor to save")
         self.transformer.save_pretrained(path / "transformer")
         self.vae.save_pretrained(path / "vae")
         self.text_encoder.save_pretrained(path / "text_encoder_2")
         self.tokenizer.save_pretrained(path / "tokenizer_2")
         self.instructor.model.save_pretrained(path / "vlm")
         self.instructor.processor.save_pretrained(path / "processor")
-        (path / SETTINGS_FILE).write_text(json.dumps(self.instructor.settings(), indent=2) + "\n")
+        (path / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        transformer: str | None = None,
-        vlm: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        guidance_scale: float = 1.0,
-        **instructor_settings,
-    ) -> HunyuanVideoPolicy:
-        """Load an editor.
+    def from_pretrained(cls, path: str, **options) -> HunyuanVideoPolicy:
+        """Load an editor, or HunyuanVideo's text-to-video weights as one at its start: see `loading.load_parts`."""
+        from editrl.policies.hunyuan_video.loading import load_parts
 
-        Args:
-            path: folder or Hub id with the subfolders `transformer vae text_encoder_2 tokenizer_2 vlm processor`.
-            transformer: another folder that holds the transformer alone, such as a checkpoint of this library.
-            vlm: another folder or Hub id of the whole VLM (model and processor together).
-            dtype: of transformer, VLM and CLIP; the VAE stays in float32 unless dtype is float16 or bfloat16.
-            guidance_scale: see the class.
-            instructor_settings: `hidden_layer`, `edit_prompt`, `reference_prompt` of `Instructor`, over those that the
-                folder's `editor.json` has.
-        """
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise EditrlError(f"policy dtype is '{dtype}'; choose one of {', '.join(DTYPES)}")
-            dtype = getattr(torch, dtype)
-        known = [name for name in inspect.signature(Instructor).parameters if name not in ("model", "processor")]
-        for name in instructor_settings.keys() - set(known):
-            options = [*known, "transformer", "vlm", "dtype", "guidance_scale"]
-            raise EditrlError(f"the hunyuan_video policy has no argument '{name}'." + did_you_mean(name, options))
-        settings = _saved_settings(path) | instructor_settings
-
-        def load(kind: str, location: str, subfolder: str | None, method: str = "from_pretrained", **kwargs):
-            if subfolder is not None:
-                kwargs["subfolder"] = subfolder
-            try:
-                return getattr(SUBFOLDERS[kind], method)(location, **kwargs)
-            except (OSError, ValueError) as error:
-                where = f"'{location}'" + (f", subfolder '{subfolder}'" if subfolder else "")
-                reason = str(error).strip().splitlines()[0]
-                raise EditrlError(
-                    f"cannot load the {kind} from {where}: {reason} "
-                    "Give a folder in Hub layout, or download it first with `hf download`."
-                ) from error
-
-        whose, folder = (transformer, None) if transformer else (path, "transformer")
-        load("transformer", whose, folder, method="load_config")  # a wrong folder must not wait for the VLM
-        model = load("vlm", vlm or path, None if vlm else "vlm", dtype=dtype)
-        processor = load("processor", vlm or path, None if vlm else "processor")
-        if processor.patch_size is None:
-            # The LLaVA-LLaMA-3 checkpoint comes without a processor configuration; its vision tower is a CLIP, whose
-            # class token is the one additional image token.
-            processor.patch_size = model.config.vision_config.patch_size
-            processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
-            processor.num_additional_image_tokens = 1
-        instructor = Instructor(model, processor, **settings)
-        return cls(
-            load("transformer", whose, folder, torch_dtype=dtype),
-            load("vae", path, "vae", torch_dtype=dtype),
-            instructor,
-            load("text_encoder_2", path, "text_encoder_2", dtype=dtype),
-            load("tokenizer_2", path, "tokenizer_2"),
-            guidance_scale=guidance_scale,
-        )
+        return cls(**load_parts(path, **options))
 
 
-def _saved_settings(path: str) -> dict:
-    """The instructor settings of an editor's folder or Hub repository; empty where it has none, as HunyuanVideo's."""
-    file = Path(path) / SETTINGS_FILE
-    if not Path(path).is_dir():
-        try:
-            file = Path(hf_hub_download(path, SETTINGS_FILE))
-        except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise EditrlError(
-                f"cannot read the editor '{path}': {reason} Give a folder, or run `hf download {path}` first."
-            ) from error
-        except EntryNotFoundError:
-            return {}
-    return json.loads(file.read_text()) if file.exists() else {}
+def _noise_of(image: Tensor, like: Tensor) -> Tensor:
+    """Standard normal in the shape of `like`, a function of the image [1,3,h,w] alone."""
+    digest = hashlib.sha256(to_uint8(image).numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(like.shape, generator=generator).to(like)

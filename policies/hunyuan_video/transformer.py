@@ -84,6 +84,9 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
             (patch_size_t, patch_size, patch_size), in_channels, source_channels, embed_dim
         )
 
+    started_anew: tuple[str, ...] = ()
+    """Weights that the loaded checkpoint did not hold: those of the source path, for a text-to-video model."""
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in diffusers; a text-to-video checkpoint fills all but the source path, which then starts as at step 0.
@@ -103,4 +106,5 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
             ).to(embedder.proj.weight)
             values = {f"x_embedder.{name}": value for name, value in fresh.state_dict().items()}
             model.load_state_dict({name: values[name] for name in missing}, strict=False, assign=True)
+            model.started_anew = tuple(missing)
         return (model, info) if wants_info else model

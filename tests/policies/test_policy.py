@@ -6,7 +6,8 @@ from diffusers import AutoencoderKLHunyuanVideo
 
 from editrl.data import EditExample
 from editrl.errors import EditrlError
-from editrl.policies.hunyuan_video.policy import SUBFOLDERS, HunyuanVideoPolicy
+from editrl.policies.hunyuan_video.loading import SUBFOLDERS
+from editrl.policies.hunyuan_video.policy import HunyuanVideoPolicy
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.policy import Conditions
 from editrl.recipes.shapes import WEIGHTS
@@ -224,7 +225,7 @@ def test_the_transformer_may_come_from_a_folder_of_its_own(tmp_path):
 
 def test_a_vae_of_other_latents_is_refused(policy):
     vae = AutoencoderKLHunyuanVideo.from_config({**policy.vae.config, "latent_channels": 8})
-    with pytest.raises(EditrlError, match="VAE has 8 latent channels, the transformer takes 16"):
+    with pytest.raises(EditrlError, match="VAE's latents have 8 channels, the transformer's in_channels is 16"):
         HunyuanVideoPolicy(policy.transformer, vae, policy.instructor, policy.text_encoder, policy.tokenizer)
 
 

@@ -53,6 +53,7 @@ def fresh_policy(editor):
             editor.instructor,
             editor.text_encoder,
             editor.tokenizer,
+            reference_position=editor.reference_position,
         )
 
     return make

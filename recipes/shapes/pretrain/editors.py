@@ -56,6 +56,7 @@ def untrained(weights: Path, seed: int) -> HunyuanVideoPolicy:
         instructor(vlm, processor),
         text_encoder,
         AutoTokenizer.from_pretrained(weights / "clip"),
+        reference_position="none",  # a small world: the instructor's picture of it is enough
     )
 
 
@@ -138,5 +139,5 @@ def train(options: Options, weights: Path, underediting: float) -> dict[str, flo
         save(options.out / "transformer", {"": policy.transformer}, options, seconds, quality)
         save(options.out / "text_encoder_2", {"": policy.text_encoder}, options, seconds, {})
         policy.tokenizer.save_pretrained(options.out / "tokenizer_2")
-        (options.out / SETTINGS_FILE).write_text(json.dumps(policy.instructor.settings(), indent=2) + "\n")
+        (options.out / SETTINGS_FILE).write_text(json.dumps(policy.settings(), indent=2) + "\n")
     return quality
