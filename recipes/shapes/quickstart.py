@@ -21,19 +21,20 @@ CHECKPOINT = (
 
 
 def main(argv: list[str]) -> None:
-    """Post-train a tiny video editor with GRPO in minutes on a CPU, and show what it learned."""
+    """Post-train a tiny video editor by RL in minutes on a CPU, and show what it learned."""
     from editrl.cli.parser import CommandParser, number
 
     parser = CommandParser("editrl quickstart", f"{main.__doc__} Further options are those of `editrl grpo`.")
     parser.add_argument("--output_dir", type=Path, help="default: runs/quickstart-<time>")
+    parser.add_argument("--config", default="shapes/grpo-nft", help="shapes/grpo-nft (default), or shapes/grpo")
     parser.add_argument("--held_out", type=number(int, least=1), default=128, help="scenes it is judged on (128)")
     parser.refuse_unknown_flags = lambda argv: None  # they belong to grpo, which checks them
     options, overrides = parser.parse_known_args(argv)
     folder = options.output_dir or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
-    run(folder, options.held_out, overrides)
+    run(folder, options.held_out, overrides, options.config)
 
 
-def run(folder: Path, held_out: int, overrides: list[str]) -> Path:
+def run(folder: Path, held_out: int, overrides: list[str], config: str = "shapes/grpo-nft") -> Path:
     """Write the data, train, and report into `folder`; returns the path of the report."""
     from rich.console import Console
     from transformers.utils import logging
@@ -50,9 +51,9 @@ def run(folder: Path, held_out: int, overrides: list[str]) -> Path:
     manifests = {split: folder / "data" / split / "manifest.jsonl" for split in ("train", "heldout")}
     data_options = ["--train_manifest", str(manifests["train"]), "--eval_manifest", str(manifests["heldout"])]
     options = read_options(
-        ["--config", "shapes/grpo", *data_options, "--output_dir", str(folder / "run"), *overrides], "quickstart"
+        ["--config", config, *data_options, "--output_dir", str(folder / "run"), *overrides], "quickstart"
     )
-    console.print(f"[bold]editrl quickstart[/bold]: Edit-GRPO of a tiny HunyuanVideo editor. {CHECKPOINT}")
+    console.print(f"[bold]editrl quickstart[/bold]: RL ({config}) of a tiny HunyuanVideo editor. {CHECKPOINT}")
     data = {"train": sample_scenes(256, seed=11, split="train"), "heldout": sample_scenes(held_out, 12, "heldout")}
     for split, scenes in data.items():
         write_dataset(manifests[split].parent, scenes)
@@ -73,6 +74,7 @@ def run(folder: Path, held_out: int, overrides: list[str]) -> Path:
         before,
         after,
         data["heldout"],
+        config,
         {
             "data and models": prepared - started,
             "training and evaluation": trained - prepared,
@@ -123,7 +125,7 @@ def _table(rows: list[dict], held_out: int):
     return table
 
 
-def _report(path: Path, trainer, shown, before, after, scenes, timings: dict) -> Path:
+def _report(path: Path, trainer, shown, before, after, scenes, config: str, timings: dict) -> Path:
     import torch
 
     from editrl.cli.recipes import recipe_path
@@ -167,14 +169,19 @@ def _report(path: Path, trainer, shown, before, after, scenes, timings: dict) ->
             )
             for name in rewards
         ),
+        *(
+            Curve(f"watchdog: {name}", "update", {"held-out": _course(history, f"eval_watchdog/{name}/mean")})
+            for name in ("edge_density", "source_similarity")
+        ),
     ]
-    recipe, _ = load_yaml(recipe_path("shapes/grpo"))
+    recipe, _ = load_yaml(recipe_path(config))
     settings = {name: getattr(trainer.args, name, value) for name, value in recipe.items()}
     return write_report(
         path,
-        title="Edit-GRPO on the shapes world",
-        intro=f"A tiny HunyuanVideo editor, trained by GRPO with the three rewards of VIVA. {CHECKPOINT} The cases are "
-        f"the first {SHOWN_PER_TASK} held-out scenes of every task; the oracle judges, and no reward sees it.",
+        title="Reinforcement learning on the shapes world",
+        intro=f"A tiny HunyuanVideo editor, trained by {trainer.args.loss_type.upper()} (recipe {config}) with the "
+        f"three rewards of VIVA. {CHECKPOINT} The cases are the first {SHOWN_PER_TASK} held-out scenes of every task; "
+        "the oracle judges, and no reward sees it.",
         summary=_summary(history),
         curves=curves,
         cases=cases,

@@ -15,7 +15,7 @@ from editrl.recipes.shapes.world import TASKS
 pytestmark = pytest.mark.slow
 
 SMALLEST = ["--num_generations", "4", "--generation_batch_size", "8", "--per_device_train_batch_size", "8"]
-SMALLEST += ["--gradient_accumulation_steps", "2", "--num_inference_steps", "4", "--sde_window_range", "0", "2"]
+SMALLEST += ["--gradient_accumulation_steps", "2", "--num_inference_steps", "4"]
 SMALLEST += ["--eval_num_inference_steps", "2", "--max_steps", "1", "--save_strategy", "no"]
 
 
@@ -52,8 +52,8 @@ def test_the_report_shows_oracle_and_rewards_before_and_after(report):
         before, after, change = (float(cell.replace("−", "-").replace(",", "")) for cell in row[1:])
         assert after - before == pytest.approx(change, abs=2e-2)
     titles = re.findall(r"<strong>([^<]*)</strong>", report)
-    assert len(titles) == len(set(titles)) == 5
-    assert report.count("<svg") == 5
+    assert len(titles) == len(set(titles)) == 7
+    assert report.count("<svg") == 7
 
 
 def test_the_report_shows_an_edit_of_every_task(quickstart, report):
