@@ -102,6 +102,7 @@ def test_viva_sft_has_the_papers_batch_rate_and_length(parsed):
     [
         ("viva/sft-vm", {"train_manifest", "output_dir"}),
         ("viva/sft-v", {"train_manifest", "output_dir", "mask_weight"}),
+        ("viva/sft-vanilla", {"train_manifest", "output_dir", "mask_weight", "policy_kwargs"}),
     ],
 )
 def test_an_ablation_differs_from_the_whole_in_what_it_leaves_out(name, changed, parsed):
@@ -109,4 +110,4 @@ def test_an_ablation_differs_from_the_whole_in_what_it_leaves_out(name, changed,
     # Objects print their address; what they are made of is compared as "deepspeed".
     different = {key for key in one if one[key] != other[key] and " object at " not in str(one[key])}
     assert different | {"output_dir"} == changed  # output_dir is overridden above
-    assert other["mask_weight"] == (0.0 if name == "viva/sft-v" else 1.0)
+    assert other["mask_weight"] == (1.0 if name == "viva/sft-vm" else 0.0)
