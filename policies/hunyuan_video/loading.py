@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTextModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from editrl.errors import EditrlError, did_you_mean
@@ -91,8 +92,10 @@ def load_parts(
             "text_encoder": _load("text_encoder_2", path, "text_encoder_2", dtype=dtype),
             "tokenizer": _load("tokenizer_2", path, "tokenizer_2"),
         }
-    placed = {} if device is None else {"device_map": {"": str(device)}}
-    model = _load("transformer", whose, folder, torch_dtype=dtype, **placed)
+    if device is None:
+        model = _load("transformer", whose, folder, torch_dtype=dtype)
+    else:
+        model = stream_transformer(whose, folder, dtype, device)
     if model.started_anew:
         logger.info("'%s' is no editor yet; new, and to be trained: %s", whose, ", ".join(model.started_anew))
     return parts | {
@@ -101,6 +104,42 @@ def load_parts(
         "guidance_scale": guidance_scale,
         **{name: settings[name] for name in EDITOR_SETTINGS if name in settings},
     }
+
+
+def stream_transformer(
+    location: str, subfolder: str | None, dtype: torch.dtype, device: str | torch.device
+) -> HunyuanVideoEditTransformer3DModel:
+    """A transformer whose weights go from the (memory-mapped) files to `device`, one tensor at a time.
+
+    diffusers' own `device_map` does the same, but not for a checkpoint that lacks weights, as a text-to-video one does.
+    """
+    config = _load("transformer", location, subfolder, method="load_config")
+    folder = Path(location)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(location, allow_patterns=f"{subfolder or ''}*"))
+    folder = folder / subfolder if subfolder else folder
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        raise EditrlError(
+            f"cannot load the transformer from '{folder}': it holds no diffusion_pytorch_model*.safetensors"
+        )
+    with torch.device("meta"):
+        model = HunyuanVideoEditTransformer3DModel.from_config(config)
+    missing = set(model.state_dict())
+    for file in files:
+        with safe_open(file, "pt", device=str(device)) as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no dict
+                if name not in missing:
+                    raise EditrlError(
+                        f"'{file}' has the weight '{name}', which a HunyuanVideo transformer does not have"
+                    )
+                model.load_state_dict({name: opened.get_tensor(name).to(dtype)}, strict=False, assign=True)
+                missing.remove(name)
+    model.start_source_path(sorted(missing))
+    lost = sorted(missing - set(model.started_anew))
+    if lost:
+        raise EditrlError(f"the transformer in '{folder}' lacks {len(lost)} weights, the first is {lost[0]}")
+    return model.eval()
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -1,5 +1,7 @@
 """HunyuanVideo's transformer with the source clip's latents joined on channels."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.configuration_utils import register_to_config
@@ -95,16 +97,18 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        missing = [name for name in info["missing_keys"] if name.startswith("x_embedder.")]
-        if missing:
-            embedder = model.x_embedder
-            fresh = SourcePatchEmbed(
-                embedder.proj.kernel_size,
-                embedder.noise_channels,
-                model.config.source_channels,
-                embedder.proj.out_channels,
-            ).to(embedder.proj.weight)
-            values = {f"x_embedder.{name}": value for name, value in fresh.state_dict().items()}
-            model.load_state_dict({name: values[name] for name in missing}, strict=False, assign=True)
-            model.started_anew = tuple(missing)
+        model.start_source_path(info["missing_keys"])
         return (model, info) if wants_info else model
+
+    def start_source_path(self, missing: Sequence[str]) -> None:
+        """Fill those of the weights `missing` that belong to the source path as at step 0."""
+        missing = sorted(name for name in missing if name.startswith("x_embedder."))
+        if not missing:
+            return
+        embedder = self.x_embedder
+        fresh = SourcePatchEmbed(
+            embedder.proj.kernel_size, embedder.noise_channels, self.config.source_channels, embedder.proj.out_channels
+        ).to(embedder.proj.weight)
+        values = {f"x_embedder.{name}": value for name, value in fresh.state_dict().items()}
+        self.load_state_dict({name: values[name] for name in missing}, strict=False, assign=True)
+        self.started_anew = tuple(missing)

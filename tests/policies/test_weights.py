@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from editrl.errors import EditrlError
+from editrl.policies.hunyuan_video.loading import stream_transformer
 from editrl.policies.hunyuan_video.policy import HunyuanVideoPolicy
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.policies.hunyuan_video.weights import fuse, load_adapter, save_diffusers_adapter
@@ -220,11 +221,44 @@ def test_a_text_to_video_checkpoint_says_what_is_new(tmp_path, caplog):
     assert "no editor yet" not in caplog.text
 
 
-def test_weights_can_be_streamed_to_a_device():
-    placed = HunyuanVideoPolicy.from_pretrained(EDITOR, device="cpu")
-    plain = HunyuanVideoPolicy.from_pretrained(EDITOR)
-    for name, value in plain.transformer.state_dict().items():
-        assert torch.equal(placed.transformer.state_dict()[name], value), name
+def same_weights(one, other) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_can_be_streamed_to_a_device(dtype):
+    placed = HunyuanVideoPolicy.from_pretrained(EDITOR, device="cpu", dtype=dtype)
+    plain = HunyuanVideoPolicy.from_pretrained(EDITOR, dtype=dtype)
+    assert same_weights(placed.transformer, plain.transformer)
+
+
+def test_a_sharded_text_to_video_checkpoint_can_be_streamed(tmp_path):
+    torch.manual_seed(0)
+    stock = HunyuanVideoTransformer3DModel(in_channels=16, **TINY)
+    stock.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    streamed = stream_transformer(str(tmp_path), None, torch.float32, "cpu")
+    torch.manual_seed(1)
+    plain = HunyuanVideoEditTransformer3DModel.from_pretrained(tmp_path)
+    assert streamed.started_anew == plain.started_anew
+    for name, value in stock.state_dict().items():
+        assert torch.equal(streamed.state_dict()[name], value), name
+    torch.testing.assert_close(output(streamed), output(plain), rtol=0, atol=1e-6)
+
+
+def test_a_stream_that_lacks_a_weight_or_has_another_says_which(tmp_path):
+    editor().save_pretrained(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    lacking = {name: value for name, value in state.items() if name != "proj_out.weight"}
+    save_file(lacking, file)
+    with pytest.raises(EditrlError, match=r"lacks 1 weights, the first is proj_out.weight"):
+        stream_transformer(str(tmp_path), None, torch.float32, "cpu")
+    save_file(state | {"other": torch.zeros(1)}, file)
+    with pytest.raises(EditrlError, match=r"has the weight 'other', which a HunyuanVideo transformer does not have"):
+        stream_transformer(str(tmp_path), None, torch.float32, "cpu")
 
 
 def test_without_encoders_an_editor_has_none_and_says_so():

@@ -1,0 +1,1 @@
+"""How fast, and in how much memory, on the configuration of HunyuanVideo-13B."""

@@ -1,0 +1,25 @@
+"""The throughput benchmarks run at toy size, so that they never rot."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+TINY = ["--size", "tiny", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.mark.slow
+def test_an_edit_is_measured_part_by_part(tmp_path):
+    command = [sys.executable, "-m", "editrl.benchmarks.throughput.edit", *TINY, "--steps", "2"]
+    command += ["--folder", tmp_path / "editor", "--out", tmp_path / "edit.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "edit.json").read_text())
+    assert result["clip"] == {"frames": 5, "height": 64, "width": 96}
+    assert result["tokens"]["video"] == 2 * 4 * 6
+    for part in ("load", "instructor", "encode source", "first denoising step", "denoising", "decode"):
+        assert result["parts"][part]["seconds"] > 0
+        assert result["parts"][part]["host_anonymous_gib"] > 0
+    for name in ("transformer", "vlm", "vae", "text_encoder_2"):
+        assert (tmp_path / "editor" / name / "config.json").exists()
