@@ -40,11 +40,12 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}{deviation}"
 
 
-def rows(runs: dict[str, list[dict]]) -> list[dict[str, str]]:
-    """One row an experiment: before, after the last evaluation that all seeds reached, and the changes."""
+def rows(runs: dict[str, list[dict]], clips: float = math.inf) -> list[dict[str, str]]:
+    """One row an experiment: before, after the last evaluation (within `clips`) that all seeds reached, the changes."""
     table = []
     for name, group in runs.items():
-        last = min(run["evaluations"][-1]["update"] for run in group)
+        reached = [[e["update"] for e in run["evaluations"] if e["clips"] <= clips] for run in group]
+        last = min(max(updates) for updates in reached)
         at_last = [next(e for e in run["evaluations"] if e["update"] == last) for run in group]
         first = [run["evaluations"][0] for run in group]
         change = [100 * (b["success"] - a["success"]) for a, b in zip(first, at_last, strict=True)]
@@ -159,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="names of experiments; default all")
+    parser.add_argument("--clips", type=float, default=math.inf, help="compare after at most this many sampled clips")
     parser.add_argument("--plot", type=Path, help="also draw the courses to this PNG")
     parser.add_argument("--signal_plot", type=Path, help="also draw the gradients' signal to this PNG")
     parser.add_argument("--report", type=Path, help="also write tables and plots to this HTML file")
@@ -168,7 +170,8 @@ def main() -> None:
         runs = {name: runs[name] for name in options.only}
     if not runs:
         parser.error(f"no *-seed*.json in {options.folder}")
-    print(markdown(rows(runs)))
+    table = rows(runs, options.clips)
+    print(markdown(table))
     signals = [json.loads(path.read_text()) for path in sorted(options.folder.glob("signal*.json"))]
     for signal in signals:
         print("\n" + markdown(signal_rows(signal)))
@@ -182,7 +185,7 @@ def main() -> None:
             options.report,
             title="Which algorithm teaches an editor fastest?",
             intro=INTRO,
-            summary=rows(runs) + [row for signal in signals for row in signal_rows(signal)],
+            summary=table + [row for signal in signals for row in signal_rows(signal)],
             curves=panels + [panel for signal in signals for panel in signal_curves(signal)],
             cases=[],
             settings={name: group[0]["settings"] for name, group in runs.items()},
