@@ -91,6 +91,10 @@ class FlowPolicy:
     size_multiple: int = 16
     """Height and width are multiples of this."""
 
+    def shift_for(self, height: int, width: int) -> float:
+        """Timestep shift to sample with at this size, where none is asked for."""
+        return 5.0
+
     def encode(self, examples: Sequence[EditExample], unconditional: bool = False) -> Conditions:
         """The frozen conditions of B examples: instruction, source clip, reference image. Under `torch.no_grad`.
 
@@ -147,3 +151,14 @@ class FlowPolicy:
         for module in self.frozen_modules():
             module.to(device)
         return self
+
+    def fingerprint(self) -> str:
+        """What conditions depend on in this policy, as `part:hash` words, for a cache of conditions.
+
+        Frozen weights and settings, the same from any folder and on any device; nothing of the trained transformer. A
+        part that is not loaded is left out. `editrl.cache` has `module_fingerprint` and `settings_fingerprint`.
+        """
+        raise EditrlError(
+            f"the conditions of a {type(self).__name__} cannot be cached, since it has no fingerprint(); "
+            "drop conditions_cache, or write that method"
+        )

@@ -20,7 +20,9 @@ from editrl.cli.yaml_file import load_yaml
 from editrl.errors import EditrlError, did_you_mean
 
 
-def parse_config(dataclass_types: type | Iterable[type], argv: list[str], command: str) -> tuple:
+def parse_config(
+    dataclass_types: type | Iterable[type], argv: list[str], command: str, ignored: Iterable[type] = ()
+) -> tuple:
     """Instances of `dataclass_types`, in their order, from `--config RECIPE` and flags.
 
     Args:
@@ -29,6 +31,7 @@ def parse_config(dataclass_types: type | Iterable[type], argv: list[str], comman
             a .yaml file, read by `load_yaml`. A field that is a dict takes JSON on the command line.
         command: the command's name, "grpo", for help and errors. `--help` prints every field with the default that
             it has after `--config`.
+        ignored: dataclasses whose fields a recipe may hold as well, because it was written for another command.
 
     Raises:
         EditrlError: unknown or repeated key, unknown flag, value of a wrong type, required field without a value,
@@ -38,7 +41,7 @@ def parse_config(dataclass_types: type | Iterable[type], argv: list[str], comman
     parser = _ConfigParser(types, command)
     path = _config_path(argv, parser.prog)
     if path:
-        parser.set_defaults_with_config(**_checked_values(path, types, parser))
+        parser.set_defaults_with_config(**_checked_values(path, types, parser, tuple(ignored)))
     parser.refuse_unknown_flags(argv)
     values, stray = parser.parse_known_args(argv)
     if stray:
@@ -130,7 +133,9 @@ def _config_path(argv: list[str], prog: str) -> Path | None:
     return Path(config).expanduser()
 
 
-def _checked_values(path: Path, types: tuple[type, ...], parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _checked_values(
+    path: Path, types: tuple[type, ...], parser: argparse.ArgumentParser, ignored: tuple[type, ...]
+) -> dict[str, Any]:
     """A recipe's values, each converted to its field's type, which argparse does for strings only.
 
     EditrlError for an unknown key, a wrong type, or a value that is none of its field's choices.
@@ -138,6 +143,8 @@ def _checked_values(path: Path, types: tuple[type, ...], parser: argparse.Argume
     hints = _field_hints(types)
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     values, lines = load_yaml(path)
+    others = {field.name for t in ignored for field in dataclasses.fields(t)} - hints.keys()
+    values = {key: value for key, value in values.items() if key not in others}
     for key, value in values.items():
         where = f"{path}, line {lines[key]}"
         if key not in hints:

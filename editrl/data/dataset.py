@@ -105,7 +105,7 @@ class EditDataset(torch.utils.data.Dataset):
         try:
             return self._load(row)
         except EditrlError as error:
-            raise EditrlError(f"{self._where(index)} (id {row['id']!r}): {error}") from error
+            raise EditrlError(f"{self.where(index)} (id {row['id']!r}): {error}") from error
 
     def row(self, index: int) -> dict[str, Any]:
         """The row as it is stored, nothing decoded: every canonical key (None where absent) and all further columns."""
@@ -119,7 +119,7 @@ class EditDataset(torch.utils.data.Dataset):
             for key in MEDIA:
                 value = _unwrapped(row.get(key))
                 if isinstance(value, str | Path) and not (self.root / value).is_file():
-                    missing.append(f"{self._where(index)} (id {self.ids[index]!r}): {key}: no file {self.root / value}")
+                    missing.append(f"{self.where(index)} (id {self.ids[index]!r}): {key}: no file {self.root / value}")
         if missing:
             others = f" (and {len(missing) - 1} more missing)" if len(missing) > 1 else ""
             raise EditrlError(f"{missing[0]}{others}; check the path and root")
@@ -127,7 +127,20 @@ class EditDataset(torch.utils.data.Dataset):
         for index in tqdm(range(count), desc="checking the data", delay=2, disable=None):
             self[index]
 
-    def _where(self, index: int) -> str:
+    @property
+    def preprocessing(self) -> dict[str, int | None]:
+        """What the pixels of every example depend on, beside the files themselves."""
+        height, width = self.size or (None, None)
+        return {"num_frames": self.num_frames, "height": height, "width": width}
+
+    def media(self, index: int) -> dict[str, str | Path | bytes | Tensor]:
+        """The media columns that a row has, nothing decoded: a path (from `root`, if relative), bytes or a tensor."""
+        row = self.row(index)
+        values = {key: _unwrapped(row[key]) for key in MEDIA}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def where(self, index: int) -> str:
+        """What errors call a row: `manifest.jsonl:3`, `row 2`."""
         index = range(len(self))[index]
         return self._row_names[index] if self._row_names is not None else f"row {index}"
 
@@ -138,13 +151,13 @@ class EditDataset(torch.utils.data.Dataset):
         blobs = set(columns) - set(getattr(cheap_rows, "column_names", ()))
         ids: dict[str, int] = {}
         for index, row in enumerate(cheap_rows):
-            where = self._where(index)
+            where = self.where(index)
             if not isinstance(row, Mapping):
                 raise EditrlError(f"{where}: is a {type(row).__name__}; write an object with keys")
             id = str(index if row.get("id") is None else row["id"])
             where = f"{where} (id {id!r})"
             if id in ids:
-                raise EditrlError(f"{where}: {self._where(ids[id])} has the same id; ids must differ")
+                raise EditrlError(f"{where}: {self.where(ids[id])} has the same id; ids must differ")
             ids[id] = index
             for key in REQUIRED:
                 if row.get(key) is None and key not in blobs:

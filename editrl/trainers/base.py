@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from editrl.cache import ConditionsCache
+from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
 from editrl.trainers.config import FlowConfig
@@ -28,6 +31,9 @@ COMPLETE = "complete"
 
 class FlowTrainer(Trainer):
     """Base of the trainers; trains `policy.transformer`, whole or through PEFT adapters."""
+
+    cache: ConditionsCache | None = None
+    """Where conditions are read instead of being computed; subclasses open it."""
 
     def __init__(
         self,
@@ -58,7 +64,7 @@ class FlowTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
-        for module in policy.frozen_modules():
+        for module in self.frozen_modules():
             module.to(args.device)
         self.model_accepts_loss_kwargs = False  # losses are means over a micro-batch
         self._means: dict[str, list] = defaultdict(list)
@@ -83,6 +89,16 @@ class FlowTrainer(Trainer):
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer sees."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # Conditions that were computed beforehand.
+
+    def frozen_modules(self) -> Iterable[torch.nn.Module]:
+        """Modules that are never trained and have to be on the device."""
+        return self.policy.frozen_modules()
+
+    def encoder(self, dataset: EditDataset) -> FlowPolicy:
+        """The policy, to encode examples of this data set, or in its place the cache."""
+        return self.policy if self.cache is None else self.cache.rows(dataset).standing_in(self.policy)
 
     # Metrics. Tensors stay on their device until they are logged, so that no step waits for the GPU.
 

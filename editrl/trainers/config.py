@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from transformers import TrainingArguments
 
@@ -27,6 +28,12 @@ class FlowConfig(TrainingArguments):
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Decay of an exponential moving average of the trained weights; used for evaluation."},
+    )
+    conditions_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `editrl precompute` has filled: conditions are read there instead of being computed."
+        },
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
     logging_nan_inf_filter: bool = field(
@@ -52,6 +59,11 @@ class FlowConfig(TrainingArguments):
         )
         self.require(
             self.save_strategy != "steps" or self.save_steps > 0, f"save_steps must be above 0, got {self.save_steps}"
+        )
+        self.require(
+            self.conditions_cache is None or Path(self.conditions_cache).is_dir(),
+            f"conditions_cache: there is no folder '{self.conditions_cache}'; fill it with `editrl precompute --config "
+            f"RECIPE --conditions_cache {self.conditions_cache}`",
         )
         self.require(0 < self.shift < math.inf, f"shift must be a finite number above 0, got {self.shift}")
         for name, decay in self.average_decays.items():

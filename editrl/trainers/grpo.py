@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
+from editrl.cache import open_cache
 from editrl.data import EditDataset, EditExample, write_video
 from editrl.errors import EditrlError
 from editrl.flow import PolicyLoss, get_kernel, group_advantages, sigma_schedule, zero_std_groups
@@ -70,6 +71,7 @@ class FlowGRPOTrainer(FlowTrainer):
         for dataset in filter(None, [train_dataset, eval_dataset]):
             for scorer in filter(None, [self.rewards, self.watched]):
                 scorer.check(dataset)
+        self.cache = open_cache(args.conditions_cache, policy, train_dataset, eval_dataset)
         self.sigmas = sigma_schedule(args.num_inference_steps, args.shift)
         noise = (
             {}
@@ -175,7 +177,7 @@ class FlowGRPOTrainer(FlowTrainer):
         with self.timed("rollout"):
             distinct = sorted(set(indices))
             examples = {index: self.train_dataset[index] for index in distinct}
-            encoded = self.policy.encode([examples[index] for index in distinct]).to(device)
+            encoded = self.encoder(self.train_dataset).encode([examples[index] for index in distinct]).to(device)
             conditions = encoded[torch.tensor([distinct.index(index) for index in indices], device=device)]
             window = stochastic_steps(args, groups[0] // args.groups_per_generation)
             size = min(args.per_device_train_batch_size, len(groups))
@@ -324,7 +326,7 @@ class FlowGRPOTrainer(FlowTrainer):
         self.model_wrapped.eval()
         with self.averaged_weights():
             return edit_examples(
-                self.policy,
+                self.encoder(dataset),
                 self.model_wrapped,
                 [dataset[index] for index in indices],
                 num_inference_steps=args.eval_num_inference_steps,

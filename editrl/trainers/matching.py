@@ -64,40 +64,18 @@ def matching_loss(trainer: FlowGRPOTrainer, model, batch: NoisedBatch) -> Tensor
     velocity = trainer.policy.velocity(model, latents, batch.sigma, batch.conditions)
     old_velocity = velocity.detach() if batch.old_velocity is None else batch.old_velocity
     trainer.record("drift", velocity_kl(velocity.detach(), old_velocity).sqrt().mean())
+    targets = (batch.clean, batch.noise)
     if args.loss_type == "awm":
-        objective = awm_loss(
-            velocity,
-            old_velocity,
-            batch.clean,
-            batch.noise,
-            batch.advantages,
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
-        )
+        clip = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high}
+        objective = awm_loss(velocity, old_velocity, *targets, batch.advantages, **clip)
         trainer.record_ratio(objective)
         loss = objective.loss
     elif args.loss_type == "nft":
-        losses = nft_loss(
-            velocity,
-            old_velocity,
-            batch.clean,
-            batch.noise,
-            batch.sigma,
-            batch.advantages,
-            beta=args.nft_beta,
-            advantage_range=args.advantage_clip,
-        )
-        loss = losses.mean()
+        reach = {"beta": args.nft_beta, "advantage_range": args.advantage_clip}
+        loss = nft_loss(velocity, old_velocity, *targets, batch.sigma, batch.advantages, **reach).mean()
     else:
-        losses = rwr_loss(
-            velocity,
-            batch.clean,
-            batch.noise,
-            batch.advantages,
-            temperature=args.rwr_temperature,
-            compared=batch.compared,
-        )
-        loss = losses.mean()
+        weighing = {"temperature": args.rwr_temperature, "compared": batch.compared}
+        loss = rwr_loss(velocity, *targets, batch.advantages, **weighing).mean()
     if not args.beta:
         return loss
     reference = trainer.reference_velocity(model, latents, batch.sigma, batch.conditions)

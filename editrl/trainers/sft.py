@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from peft import PeftConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from editrl.cache import Encoded, encode_examples, open_cache
 from editrl.data import EditDataset, EditExample
 from editrl.errors import EditrlError
 from editrl.flow import flow_matching_loss
@@ -60,8 +61,9 @@ class FlowSFTTrainer(FlowTrainer):
                     raise EditrlError(
                         f"row '{dataset.row(index).get('id', index)}' has no target clip; SFT needs one in every row"
                     )
-        self._cache: dict[tuple[EditDataset, int], tuple[Conditions, Tensor, Tensor]] = {}
-        decode = not args.cache_conditions
+        self.cache = open_cache(args.conditions_cache, policy, train_dataset, eval_dataset)
+        self._kept: dict[tuple[EditDataset, int], Encoded] = {}
+        decode = not args.cache_conditions and self.cache is None
         super().__init__(
             policy,
             args,
@@ -70,6 +72,9 @@ class FlowSFTTrainer(FlowTrainer):
             peft_config,
             callbacks,
         )
+
+    def frozen_modules(self) -> Iterable[nn.Module]:
+        return self.policy.frozen_modules() if self.cache is None else ()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         return self._batch_loss(model, inputs, self.train_dataset, self.state.global_step).mean()
@@ -80,16 +85,14 @@ class FlowSFTTrainer(FlowTrainer):
         """Losses [B], in the order of the shapes met."""
         by_shape: dict[tuple, list] = defaultdict(list)
         for (index, _), encoded in zip(batch, self._encoded(batch, numbered), strict=True):
-            by_shape[encoded[1].shape].append((index, encoded))
+            by_shape[encoded.target_latents.shape].append((index, encoded))
         losses = []
         for items in by_shape.values():
-            indices = [index for index, _ in items]
-            conditions, clean, mask = zip(*(encoded for _, encoded in items), strict=True)
-            losses.append(
-                self._shape_loss(
-                    model, indices, Conditions.concatenate(conditions), torch.cat(clean), torch.cat(mask), step
-                )
-            )
+            indices, encoded = zip(*items, strict=True)
+            conditions = Conditions.concatenate(one.conditions for one in encoded)
+            clean = torch.cat([one.target_latents for one in encoded])
+            mask = torch.cat([one.latent_mask for one in encoded])
+            losses.append(self._shape_loss(model, indices, conditions, clean, mask, step))
         return torch.cat(losses)
 
     def _shape_loss(self, model, indices, conditions: Conditions, clean: Tensor, mask: Tensor, step: int) -> Tensor:
@@ -107,41 +110,32 @@ class FlowSFTTrainer(FlowTrainer):
         normal = torch.cat([counter_noise((1,), self.args.seed, step, index, INITIAL) for index in indices])
         return training_sigmas(normal, self.args.timestep_sampling, self.args.shift)
 
-    def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples):
-        """Conditions, target latents [1,C,f,h,w] and latent mask [1,1,f,h,w] of each example."""
+    def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples) -> list[Encoded]:
+        dataset = numbered.dataset
         if not self.args.cache_conditions:
-            return self._encode([example for _, example in batch])
-        missing = list(dict.fromkeys(index for index, _ in batch if (numbered.dataset, index) not in self._cache))
+            if self.cache is None:
+                return encode_examples(self.policy, [example for _, example in batch])
+            return self._read(dataset, [index for index, _ in batch])
+        missing = list(dict.fromkeys(index for index, _ in batch if (dataset, index) not in self._kept))
         for start in range(0, len(missing), ENCODED_AT_ONCE):
             part = missing[start : start + ENCODED_AT_ONCE]
-            encoded = self._encode([numbered.dataset[index] for index in part])
-            for index, (conditions, clean, mask) in zip(part, encoded, strict=True):
-                self._cache[numbered.dataset, index] = conditions.to("cpu"), clean.cpu(), mask.cpu()
-        return [self._cache[numbered.dataset, index] for index, _ in batch]
+            for index, encoded in zip(part, self._read(dataset, part), strict=True):
+                self._kept[dataset, index] = encoded.to("cpu")
+        return [self._kept[dataset, index] for index, _ in batch]
 
-    def _encode(self, examples: Sequence[EditExample]) -> list[tuple[Conditions, Tensor, Tensor]]:
-        by_shape: dict[tuple, list[int]] = defaultdict(list)
-        for position, example in enumerate(examples):
-            by_shape[example.source.shape].append(position)
-        encoded = {}
-        for positions in by_shape.values():
-            part = [examples[position] for position in positions]
-            conditions = self.policy.encode(part)
-            clean = self.policy.encode_videos(torch.stack([example.target for example in part]))
-            masks = [
-                example.mask if example.mask is not None else torch.zeros_like(example.source[:, :1])
-                for example in part
-            ]
-            latent_masks = self.policy.latent_mask(torch.stack(masks).to(clean.device))
-            for row, position in enumerate(positions):
-                one = slice(row, row + 1)
-                encoded[position] = conditions[one], clean[one], latent_masks[one]
-        return [encoded[position] for position in range(len(examples))]
+    def _read(self, dataset: EditDataset, indices: Sequence[int]) -> list[Encoded]:
+        """From the cache on the disk, else from the clips."""
+        if self.cache is not None:
+            rows = self.cache.rows(dataset)
+            return [rows[index] for index in indices]
+        return encode_examples(self.policy, [dataset[index] for index in indices])
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss on the evaluation set, with the moving average if there is one, and fixed noise."""
-        numbered = self.eval_dataset if eval_dataset is None else NumberedExamples(eval_dataset)
+        numbered = self.eval_dataset
+        if eval_dataset is not None:
+            numbered = NumberedExamples(eval_dataset, self.train_dataset.decode)
         size = self.args.per_device_eval_batch_size
         self.model_wrapped.eval()
         mine = range(self.args.process_index, len(numbered), self.args.world_size)

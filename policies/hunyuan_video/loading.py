@@ -38,7 +38,7 @@ SUBFOLDERS = {
 """The folder of an editor: HunyuanVideo's Hub layout, with the instructor in `vlm/` and `processor/`."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-EDITOR_SETTINGS = ("reference_position", "reference_noise")
+EDITOR_SETTINGS = ("reference_position", "reference_noise", "flow_shift")
 INSTRUCTOR_SETTINGS = tuple(
     name for name in inspect.signature(Instructor).parameters if name not in ("model", "processor")
 )
@@ -71,8 +71,8 @@ def load_parts(
         encoders: False leaves out the VLM and CLIP, for training on cached conditions.
         guidance_scale: see `HunyuanVideoPolicy`.
         settings: `hidden_layer`, `frames`, `edit_prompt`, `reference_prompt`, `text_prompt` of `Instructor`, and
-            `reference_position`, `reference_noise` of `HunyuanVideoPolicy`, over those that the folder's `editor.json`
-            has.
+            `reference_position`, `reference_noise`, `flow_shift` of `HunyuanVideoPolicy`, over those of the folder's
+            `editor.json`.
     """
     dtype = _dtype(dtype)
     known = [*INSTRUCTOR_SETTINGS, *EDITOR_SETTINGS]

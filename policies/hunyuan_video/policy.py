@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d
 from transformers import CLIPTextModel
 
+from editrl.cache import module_fingerprint, settings_fingerprint, tokenizer_fingerprint
 from editrl.data import EditExample
 from editrl.data.video import fit, to_uint8
 from editrl.errors import EditrlError
 from editrl.policies.hunyuan_video.instructor import Instructor
+from editrl.policies.hunyuan_video.parallel import check_tokens, enable_context_parallel, trim_text
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.policy import Conditions, FlowPolicy
 from editrl.registry import register_policy
@@ -42,6 +44,7 @@ class HunyuanVideoPolicy(FlowPolicy):
             HunyuanVideo's usual value at inference.
         reference_position: where the latent of the reference image joins the source's latents in time: "last" or
             "first" slot, or "none" (it then reaches the model through the instructor only).
+        flow_shift: timestep shift to sample with. None: by resolution, 5 up to 480p and 7 above, as HunyuanVideo.
         reference_noise: what stands in the noise half of that slot: "noise" (fixed for each image, the same in rollout
             and update) or "zeros". The slot is no part of the result.
     """
@@ -57,6 +60,7 @@ class HunyuanVideoPolicy(FlowPolicy):
         guidance_scale: float = 1.0,
         reference_position: str = "last",
         reference_noise: str = "noise",
+        flow_shift: float | None = None,
     ):
         for name, value, known in (
             ("reference_position", reference_position, REFERENCE_POSITIONS),
@@ -71,6 +75,8 @@ class HunyuanVideoPolicy(FlowPolicy):
         self.tokenizer = tokenizer
         self.guidance_scale = guidance_scale
         self.reference_position, self.reference_noise = reference_position, reference_noise
+        self.flow_shift = flow_shift
+        self.context_parallel = 1
         self.frame_multiple = vae.temporal_compression_ratio
         self.size_multiple = vae.spatial_compression_ratio * transformer.config.patch_size
         self._check_parts()
@@ -95,8 +101,13 @@ class HunyuanVideoPolicy(FlowPolicy):
 
     def settings(self) -> dict:
         """What `editor.json` holds."""
-        own = {"reference_position": self.reference_position, "reference_noise": self.reference_noise}
+        own = {name: getattr(self, name) for name in ("reference_position", "reference_noise", "flow_shift")}
         return own if self.instructor is None else self.instructor.settings() | own
+
+    def shift_for(self, height: int, width: int) -> float:
+        if self.flow_shift is not None:
+            return self.flow_shift
+        return 5.0 if height * width <= 480 * 864 else 7.0
 
     # Conditions.
 
@@ -204,11 +215,36 @@ class HunyuanVideoPolicy(FlowPolicy):
             conditions.tensors | {"source_latents": joined(conditions.source_latents, conditions.reference_latents)},
             conditions.sequences,
         )
-        velocity = self._velocity(transformer, joined(latents, conditions.reference_noise), sigma, longer)
+        velocity = self._velocity(transformer, joined(latents, conditions.reference_noise), sigma, longer, 1)
         return velocity[:, :, :-1] if self.reference_position == "last" else velocity[:, :, 1:]
 
-    def _velocity(self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+    def enable_context_parallel(self, degree: int) -> None:
+        """Share the tokens of each clip among `degree` neighbouring processes (Ulysses): see `parallel`.
+
+        After LoRA is attached and before DDP or DeepSpeed wrap the transformer. All processes of a group must be given
+        the same latents, sigma and conditions. Each then holds its tokens' share of every gradient: the sum over the
+        group is the gradient, so where gradients are averaged, multiply the loss by `degree`.
+        """
+        enable_context_parallel(self.transformer, degree)
+        self.context_parallel = degree
+
+    def _velocity(
+        self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditions: Conditions, extra_frames: int = 0
+    ) -> Tensor:
         dtype = self.transformer.dtype
+        tokens, mask = conditions.instructor_tokens, conditions.instructor_mask
+        if self.context_parallel > 1:
+            tokens, mask = trim_text(tokens, mask, self.context_parallel)
+            config = self.transformer.config
+            check_tokens(
+                latents.shape,
+                (config.patch_size_t, config.patch_size, config.patch_size),
+                tokens.shape[1],
+                self.context_parallel,
+                frame_multiple=self.frame_multiple,
+                size_multiple=self.size_multiple,
+                extra_frames=extra_frames,
+            )
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full_like(sigma, self.guidance_scale * 1000)
@@ -216,8 +252,8 @@ class HunyuanVideoPolicy(FlowPolicy):
             hidden_states=torch.cat([latents, conditions.source_latents], dim=1).to(dtype),
             # Formed in float32: a bfloat16 sigma times 1000 is wrong by more than a whole timestep.
             timestep=sigma * 1000,
-            encoder_hidden_states=conditions.instructor_tokens.to(dtype),
-            encoder_attention_mask=conditions.instructor_mask,
+            encoder_hidden_states=tokens.to(dtype),
+            encoder_attention_mask=mask,
             pooled_projections=conditions.pooled_text.to(dtype),
             guidance=guidance,
             return_dict=False,
@@ -244,6 +280,20 @@ class HunyuanVideoPolicy(FlowPolicy):
         from editrl.policies.hunyuan_video.loading import load_parts
 
         return cls(**load_parts(path, **options))
+
+    def fingerprint(self) -> str:
+        reference = [self.reference_position != "none", self.reference_noise]
+        parts = {"vae": module_fingerprint(self.vae), "reference": settings_fingerprint(reference)}
+        if self.instructor is not None:
+            processor = self.instructor.processor
+            parts["vlm"] = module_fingerprint(self.instructor.model)
+            parts["instructor"] = settings_fingerprint(self.instructor.settings())
+            vocabulary = tokenizer_fingerprint(processor.tokenizer)
+            parts["processor"] = settings_fingerprint([processor.to_dict(), vocabulary])
+        if self.text_encoder is not None:
+            parts["text_encoder"] = module_fingerprint(self.text_encoder)
+            parts["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
+        return " ".join(f"{part}:{digest}" for part, digest in parts.items())
 
 
 def _noise_of(image: Tensor, like: Tensor) -> Tensor:

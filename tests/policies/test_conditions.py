@@ -212,7 +212,15 @@ def test_unknown_choices_are_refused(name, value):
         load(**{name: value})
 
 
+def test_the_shift_follows_the_resolution_unless_it_is_set():
+    by_size = load(flow_shift=None)
+    assert by_size.shift_for(480, 832) == 5.0
+    assert by_size.shift_for(720, 1280) == 7.0
+    assert load().shift_for(32, 32) == 3.0, "that of the editor's folder"
+    assert load(flow_shift=2.5).shift_for(720, 1280) == 2.5
+
+
 def test_the_settings_are_saved_with_the_editor(tmp_path):
-    policy = load(reference_position="first", reference_noise="zeros", frames=3, hidden_layer=-2)
+    policy = load(reference_position="first", reference_noise="zeros", frames=3, hidden_layer=-2, flow_shift=6.0)
     policy.save_pretrained(tmp_path)
     assert HunyuanVideoPolicy.from_pretrained(str(tmp_path)).settings() == policy.settings()
