@@ -381,10 +381,20 @@ def test_without_encoders_what_is_loaded_is_compared(folder, editor, bare, writt
 def test_without_encoders_two_models_in_a_folder_are_ambiguous(folder, editor, bare, written):
     dataset = EditDataset.from_manifest(written)
     filled(folder, editor, dataset)
-    other = HunyuanVideoPolicy.from_pretrained(EDITOR, hidden_layer=-2)
+    other = HunyuanVideoPolicy.from_pretrained(EDITOR)
+    other.instructor.model.model.language_model.norm.weight.data.mul_(1.01)
     filled(folder, other, dataset)
-    with pytest.raises(EditrlError, match=r"models that differ in their instructor, and the encoders .* not loaded"):
+    with pytest.raises(EditrlError, match=r"models that differ in their vlm, and the encoders .* not loaded"):
         opened(folder, bare).require([dataset])
+
+
+def test_without_encoders_the_settings_of_the_instructor_are_known(folder, editor, bare, written):
+    dataset = EditDataset.from_manifest(written)
+    filled(folder, HunyuanVideoPolicy.from_pretrained(EDITOR, hidden_layer=-2), dataset)
+    with pytest.raises(EditrlError, match=r"lacks 8 of 8 rows: .*the model changed \(instructor\)"):
+        opened(folder, bare).require([dataset])
+    filled(folder, editor, dataset)
+    opened(folder, bare).require([dataset])
 
 
 def test_a_policy_without_a_fingerprint_cannot_be_cached():

@@ -36,15 +36,21 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_examples(policy: FlowPolicy, examples: Sequence[EditExample]) -> list[Encoded]:
-    """Encode examples, those of one size together, with their targets where they have any."""
+def encode_examples(
+    policy: FlowPolicy, examples: Sequence[EditExample], unconditional: Sequence[bool] | None = None
+) -> list[Encoded]:
+    """Encode examples, those of one size together, with their targets where they have any.
+
+    `unconditional`: which of them without their instruction; default none.
+    """
+    unconditional = [False] * len(examples) if unconditional is None else unconditional
     alike: dict[tuple, list[int]] = defaultdict(list)
     for position, example in enumerate(examples):
-        alike[tuple(example.source.shape), example.target is not None].append(position)
+        alike[tuple(example.source.shape), example.target is not None, unconditional[position]].append(position)
     encoded = {}
-    for (_, has_target), positions in alike.items():
+    for (_, has_target, without_instruction), positions in alike.items():
         part = [examples[position] for position in positions]
-        conditions = policy.encode(part)
+        conditions = policy.encode(part, unconditional=True) if without_instruction else policy.encode(part)
         targets, masks = _encode_targets(policy, part) if has_target else (None, None)
         for row, position in enumerate(positions):
             one = slice(row, row + 1)

@@ -88,6 +88,10 @@ class FlowSFTConfig(FlowConfig):
     mask_weight: float = field(
         default=1.0, metadata={"help": "w_m of the loss (1 + w_m * mask) * flow matching; 0 ignores the masks."}
     )
+    condition_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of examples that train without their instruction, for true CFG when sampling."},
+    )
     cache_conditions: bool = field(
         default=False,
         metadata={"help": "Keep encoded examples in host memory, so that each is encoded once. For small data sets."},
@@ -96,3 +100,11 @@ class FlowSFTConfig(FlowConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require(self.mask_weight >= 0, f"mask_weight must be at least 0, got {self.mask_weight}")
+        self.require(
+            0 <= self.condition_dropout < 1, f"condition_dropout must be in [0, 1), got {self.condition_dropout}"
+        )
+        self.require(
+            not (self.condition_dropout and (self.conditions_cache or self.cache_conditions)),
+            "cached conditions all have their instruction: drop condition_dropout, or conditions_cache and "
+            "cache_conditions",
+        )

@@ -20,6 +20,9 @@ from editrl.rollout import INITIAL, add_noise, counter_noise, training_sigmas
 from editrl.trainers.base import FlowTrainer
 from editrl.trainers.config import FlowSFTConfig
 
+DROPPED = 2**32 - 3
+"""Under this the condition dropout draws."""
+
 EVALUATION = 2**32 - 2
 """The step under which evaluation draws its noise: the same at every evaluation."""
 
@@ -84,7 +87,7 @@ class FlowSFTTrainer(FlowTrainer):
     ) -> Tensor:
         """Losses [B], in the order of the shapes met."""
         by_shape: dict[tuple, list] = defaultdict(list)
-        for (index, _), encoded in zip(batch, self._encoded(batch, numbered), strict=True):
+        for (index, _), encoded in zip(batch, self._encoded(batch, numbered, step), strict=True):
             by_shape[encoded.target_latents.shape].append((index, encoded))
         losses = []
         for items in by_shape.values():
@@ -110,11 +113,21 @@ class FlowSFTTrainer(FlowTrainer):
         normal = torch.cat([counter_noise((1,), self.args.seed, step, index, INITIAL) for index in indices])
         return training_sigmas(normal, self.args.timestep_sampling, self.args.shift)
 
-    def _encoded(self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples) -> list[Encoded]:
+    def _dropped(self, index: int, step: int) -> bool:
+        """Whether an example trains without its instruction in this step; never in an evaluation."""
+        if not self.args.condition_dropout or step == EVALUATION:
+            return False
+        uniform = torch.special.ndtr(counter_noise((1,), self.args.seed, step, index, DROPPED))
+        return uniform.item() < self.args.condition_dropout
+
+    def _encoded(
+        self, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, step: int
+    ) -> list[Encoded]:
         dataset = numbered.dataset
         if not self.args.cache_conditions:
             if self.cache is None:
-                return encode_examples(self.policy, [example for _, example in batch])
+                dropped = [self._dropped(index, step) for index, _ in batch]
+                return encode_examples(self.policy, [example for _, example in batch], dropped)
             return self._read(dataset, [index for index, _ in batch])
         missing = list(dict.fromkeys(index for index, _ in batch if (dataset, index) not in self._kept))
         for start in range(0, len(missing), ENCODED_AT_ONCE):

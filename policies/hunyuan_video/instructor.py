@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from importlib.resources import files
 
@@ -47,11 +48,10 @@ class Instructor:
     ):
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
-        self.hidden_layer = hidden_layer
-        self.frames = _checked_frames(frames)
-        self.edit_prompt = edit_prompt or _prompt("edit")
-        self.reference_prompt = reference_prompt or _prompt("reference")
-        self.text_prompt = text_prompt or _prompt("text")
+        settings = instructor_settings(hidden_layer, frames, edit_prompt, reference_prompt, text_prompt)
+        self.hidden_layer, self.frames = hidden_layer, frames
+        self.edit_prompt, self.reference_prompt = settings["edit_prompt"], settings["reference_prompt"]
+        self.text_prompt = settings["text_prompt"]
         layers = model.config.text_config.num_hidden_layers + 1
         if not -layers <= hidden_layer < layers:
             raise EditrlError(f"hidden_layer is {hidden_layer}, but the instructor has {layers} hidden states")
@@ -60,8 +60,7 @@ class Instructor:
 
     def settings(self) -> dict:
         """The keyword arguments that make an equal instructor of the same model."""
-        names = ("hidden_layer", "frames", "edit_prompt", "reference_prompt", "text_prompt")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in inspect.signature(instructor_settings).parameters}
 
     @property
     def width(self) -> int:
@@ -146,6 +145,23 @@ class Instructor:
         if example.reference_image is not None:
             pictures.append(example.reference_image[0])
         return [picture.clamp(0, 1).cpu() for picture in pictures]
+
+
+def instructor_settings(
+    hidden_layer: int = -3,
+    frames: str | int = "first",
+    edit_prompt: str | None = None,
+    reference_prompt: str | None = None,
+    text_prompt: str | None = None,
+) -> dict:
+    """Every setting of an `Instructor`, defaults filled in; known without the VLM."""
+    return {
+        "hidden_layer": hidden_layer,
+        "frames": _checked_frames(frames),
+        "edit_prompt": edit_prompt or _prompt("edit"),
+        "reference_prompt": reference_prompt or _prompt("reference"),
+        "text_prompt": text_prompt or _prompt("text"),
+    }
 
 
 def shown_frames(length: int, frames: str | int) -> list[int]:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPTextModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from editrl.errors import EditrlError, did_you_mean
-from editrl.policies.hunyuan_video.instructor import Instructor
+from editrl.policies.hunyuan_video.instructor import Instructor, instructor_settings
 from editrl.policies.hunyuan_video.policy import SETTINGS_FILE
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.policies.hunyuan_video.weights import load_adapter
@@ -83,12 +83,12 @@ def load_parts(
 
     whose, folder = (transformer, None) if transformer else (path, "transformer")
     _load("transformer", whose, folder, method="load_config")  # a wrong folder must not wait for the VLM
+    seen_by_vlm = {name: value for name, value in settings.items() if name in INSTRUCTOR_SETTINGS}
     parts = dict.fromkeys(("instructor", "text_encoder", "tokenizer"))
+    parts["instructor_settings"] = instructor_settings(**seen_by_vlm)
     if encoders:
         parts = {
-            "instructor": _instructor(
-                path, vlm, dtype, {k: v for k, v in settings.items() if k in INSTRUCTOR_SETTINGS}
-            ),
+            "instructor": _instructor(path, vlm, dtype, seen_by_vlm),
             "text_encoder": _load("text_encoder_2", path, "text_encoder_2", dtype=dtype),
             "tokenizer": _load("tokenizer_2", path, "tokenizer_2"),
         }

@@ -45,6 +45,7 @@ class HunyuanVideoPolicy(FlowPolicy):
         reference_position: where the latent of the reference image joins the source's latents in time: "last" or
             "first" slot, or "none" (it then reaches the model through the instructor only).
         flow_shift: timestep shift to sample with. None: by resolution, 5 up to 480p and 7 above, as HunyuanVideo.
+        instructor_settings: those of the instructor that made the cached conditions, where `instructor` is None.
         reference_noise: what stands in the noise half of that slot: "noise" (fixed for each image, the same in rollout
             and update) or "zeros". The slot is no part of the result.
     """
@@ -61,6 +62,7 @@ class HunyuanVideoPolicy(FlowPolicy):
         reference_position: str = "last",
         reference_noise: str = "noise",
         flow_shift: float | None = None,
+        instructor_settings: dict | None = None,
     ):
         for name, value, known in (
             ("reference_position", reference_position, REFERENCE_POSITIONS),
@@ -76,6 +78,7 @@ class HunyuanVideoPolicy(FlowPolicy):
         self.guidance_scale = guidance_scale
         self.reference_position, self.reference_noise = reference_position, reference_noise
         self.flow_shift = flow_shift
+        self.instructor_settings = instructor_settings or {}
         self.context_parallel = 1
         self.frame_multiple = vae.temporal_compression_ratio
         self.size_multiple = vae.spatial_compression_ratio * transformer.config.patch_size
@@ -102,7 +105,7 @@ class HunyuanVideoPolicy(FlowPolicy):
     def settings(self) -> dict:
         """What `editor.json` holds."""
         own = {name: getattr(self, name) for name in ("reference_position", "reference_noise", "flow_shift")}
-        return own if self.instructor is None else self.instructor.settings() | own
+        return (self.instructor_settings if self.instructor is None else self.instructor.settings()) | own
 
     def shift_for(self, height: int, width: int) -> float:
         if self.flow_shift is not None:
@@ -284,10 +287,12 @@ class HunyuanVideoPolicy(FlowPolicy):
     def fingerprint(self) -> str:
         reference = [self.reference_position != "none", self.reference_noise]
         parts = {"vae": module_fingerprint(self.vae), "reference": settings_fingerprint(reference)}
+        seen_by_vlm = self.instructor_settings if self.instructor is None else self.instructor.settings()
+        if seen_by_vlm:
+            parts["instructor"] = settings_fingerprint(seen_by_vlm)
         if self.instructor is not None:
             processor = self.instructor.processor
             parts["vlm"] = module_fingerprint(self.instructor.model)
-            parts["instructor"] = settings_fingerprint(self.instructor.settings())
             vocabulary = tokenizer_fingerprint(processor.tokenizer)
             parts["processor"] = settings_fingerprint([processor.to_dict(), vocabulary])
         if self.text_encoder is not None:

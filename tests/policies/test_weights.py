@@ -268,6 +268,9 @@ def test_without_encoders_an_editor_has_none_and_says_so():
         policy.encode([])
     with pytest.raises(EditrlError, match="no whole editor to save"):
         policy.save_pretrained("unused")
+    assert policy.settings() == HunyuanVideoPolicy.from_pretrained(EDITOR).settings(), "known without the VLM"
+    changed = HunyuanVideoPolicy.from_pretrained(EDITOR, encoders=False, hidden_layer=-1)
+    assert changed.fingerprint() != policy.fingerprint(), "cached conditions of another layer are not its own"
 
 
 def test_a_vlm_of_another_width_is_refused(tmp_path):

@@ -225,3 +225,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_checkpoint(
     with pytest.raises(EditrlError, match="the loss is nan at step"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*/complete"))
+
+
+# -- condition dropout -------------------------------------------------------------------------------------------------
+
+
+def test_a_share_of_the_examples_trains_without_its_instruction(sft, monkeypatch):
+    trainer = sft(condition_dropout=0.3)
+    drawn = [trainer._dropped(index, step) for index in range(50) for step in range(40)]
+    assert abs(sum(drawn) / len(drawn) - 0.3) < 0.03
+    assert drawn == [trainer._dropped(index, step) for index in range(50) for step in range(40)]
+    encoded, encode = [], trainer.policy.encode
+
+    def watched(examples, unconditional=False):
+        encoded.append((unconditional, len(examples)))
+        return encode(examples, unconditional)
+
+    monkeypatch.setattr(trainer.policy, "encode", watched)
+    trainer.train()
+    assert sum(number for _, number in encoded) == 3 * 4
+    assert 0 < sum(number for unconditional, number in encoded if unconditional) < 3 * 4
+
+
+def test_an_evaluation_drops_no_instruction(sft, pairs, monkeypatch):
+    trainer = sft(condition_dropout=0.9, evaluate=pairs)
+    asked, encode = set(), trainer.policy.encode
+
+    def watched(examples, unconditional=False):
+        asked.add(unconditional)
+        return encode(examples, unconditional)
+
+    monkeypatch.setattr(trainer.policy, "encode", watched)
+    trainer.evaluate()
+    assert asked == {False}
+
+
+def test_condition_dropout_needs_the_encoders(sft):
+    with pytest.raises(EditrlError, match="cached conditions all have their instruction"):
+        sft(condition_dropout=0.1, cache_conditions=True)
