@@ -4,6 +4,7 @@ PyAV and Pillow are imported where they are used: training from tensors in memor
 """
 
 import contextlib
+import heapq
 import io
 import math
 import os
@@ -49,7 +50,7 @@ def read_frames(
     source: str | Path | bytes, *, limit: int | None = None, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, float]:
     """`read_video` that takes a clip shorter than `limit` as it is."""
-    if _is_image(source):
+    if is_image(source):
         return _to_float(_decode_image(source), size)[None], DEFAULT_FPS
 
     import av
@@ -78,15 +79,26 @@ def read_frames(
     return torch.stack(frames), float(rate)
 
 
-def write_video(path: str | Path, video: Tensor, fps: float = DEFAULT_FPS, *, lossless: bool = False) -> Path:
+def write_video(
+    path: str | Path,
+    video: Tensor,
+    fps: float = DEFAULT_FPS,
+    *,
+    lossless: bool = False,
+    audio: str | Path | bytes | None = None,
+) -> Path:
     """Write `[F, 3, H, W]` (float in [0, 1], clamped; or uint8) as H.264 in an mp4 file and return its path.
 
     The default, yuv420p at crf 17, plays everywhere; that format needs even sizes, so an odd height or width gains one
     row or column that repeats the edge. `lossless=True` (yuv444p, qp 0) keeps the size, and 8-bit values come back
     within 2/255, the rounding of RGB to YUV; Chromium plays it, Firefox and Safari may not.
+    `audio` is the clip (path or file contents) whose sound goes along, cut to the length of `video`: see `audio.py`.
+    A clip without sound, or an image, adds none.
     The file appears whole or not at all. Missing folders are made. `fps` may be fractional (29.97, 7.5).
     """
     import av
+
+    from editrl.data.audio import audio_track
 
     frames = to_uint8(video).permute(0, 2, 3, 1).numpy()
     if not (math.isfinite(fps) and fps > 0):
@@ -106,12 +118,26 @@ def write_video(path: str | Path, video: Tensor, fps: float = DEFAULT_FPS, *, lo
         # Untagged colours are guessed, differently by every player.
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = frame.reformat(format=pixel_format, dst_colorspace=BT709, dst_color_range=LIMITED_RANGE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        audio = None if audio is None or is_image(audio) else audio
+        with audio_track(audio, container, len(frames) / rate) as sound:
+            # In the order of time, so that a player need not jump about in the file.
+            for packet in heapq.merge(
+                _encoded(stream, frames), sound, key=lambda packet: packet.dts * packet.time_base
+            ):
+                container.mux(packet)
     return Path(path)
+
+
+def _encoded(stream, frames: np.ndarray) -> Iterator:
+    """Packets of the frames [F, H, W, 3] uint8."""
+    import av
+
+    for pixels in frames:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        yield from stream.encode(
+            frame.reformat(format=stream.pix_fmt, dst_colorspace=BT709, dst_color_range=LIMITED_RANGE)
+        )
+    yield from stream.encode()
 
 
 def write_image(path: str | Path, image: Tensor) -> Path:
@@ -177,7 +203,7 @@ def _to_float(pixels: np.ndarray, size: tuple[int, int] | None) -> Tensor:
     return frame.contiguous() if size is None else fit(frame[None], *size)[0]
 
 
-def _is_image(source: str | Path | bytes) -> bool:
+def is_image(source: str | Path | bytes) -> bool:
     """Whether the first bytes are those of a PNG, JPEG or WebP file. A name says less than the contents."""
     if isinstance(source, bytes):
         start = source[:12]
