@@ -54,12 +54,14 @@ def write_report(
     cases: list[ReportCase],
     settings: dict[str, Any],
     timings: dict[str, Any],
+    tables: Mapping[str, list[dict[str, Any]]] | None = None,
 ) -> Path:
     """Write the report to `path` (whole or not at all; folders are made) and return the path.
 
     Args:
         intro: plain text; a blank line starts a paragraph.
         summary: the rows of one table; its columns are the keys in order of appearance.
+        tables: further tables, by their headings.
         curves, cases: panels and edits, in the order given.
         settings: shown as a table, nested dicts with dotted keys.
         timings: seconds (or ready text) by name.
@@ -82,9 +84,15 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         title=title,
         paragraphs=[paragraph for paragraph in intro.split("\n\n") if paragraph.strip()],
-        columns=list(dict.fromkeys(key for row in summary for key in row)),
-        number_columns={key for row in summary for key, value in row.items() if _is_number(value)},
-        summary=summary,
+        tables={
+            heading: {
+                "columns": list(dict.fromkeys(key for row in rows for key in row)),
+                "number_columns": {key for row in rows for key, value in row.items() if _is_number(value)},
+                "rows": rows,
+            }
+            for heading, rows in {"Summary": summary, **(tables or {})}.items()
+            if rows
+        },
         panels=[(curve, plot_svg(curve, colours)) for curve in curves],
         colours=colours,
         cases=cases,

@@ -82,6 +82,13 @@ def test_empty_parts_are_left_out(tmp_path):
     assert Page(report(tmp_path)).texts[2:] == ["A run"]  # after the title and the style sheet: the heading
 
 
+def test_further_tables_have_headings_and_columns_of_their_own(tmp_path):
+    tables = {"Signal": [{"algorithm": "nft", "cosine": 0.34}], "Empty": []}
+    page = report(tmp_path, summary=[{"policy": "after", "reward": 0.8}], tables=tables)
+    assert re.findall(r"<h2>([^<]*)</h2>", page) == ["Summary", "Signal"]
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", page) == ["policy", "reward", "algorithm", "cosine"]
+
+
 def test_settings_and_timings_are_folded_away(tmp_path):
     details = Page(report(tmp_path, settings={"seed": 0}, timings={"training": 1.0})).all("details")
     assert len(details) == 2 and not any("open" in attributes for attributes in details)
