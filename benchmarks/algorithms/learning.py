@@ -49,7 +49,11 @@ def reward_set(options: argparse.Namespace) -> editrl.RewardSet:
         return editrl.RewardSet(["clip_source_fidelity"], kwargs={"clip_source_fidelity": clip})
     if kind == "random":
         return editrl.RewardSet([RandomReward(options.seed)])
-    parts = {"oracle": ["oracle_margin"], "oracle_both": ["oracle_margin", "oracle_preservation"]}[kind]
+    parts = {
+        "oracle": ["oracle_margin"],
+        "oracle_success": ["oracle_success", "oracle_margin"],
+        "oracle_both": ["oracle_margin", "oracle_preservation"],
+    }[kind]
     return editrl.RewardSet([ORACLE + part for part in parts], weights=options.reward_weights)
 
 
@@ -184,7 +188,11 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """The options of a run; the defaults are the large-batch setting for a GPU."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = options.add_argument
-    add("--reward", choices=["oracle", "oracle_both", "viva", "random", "source_fidelity"], default="oracle")
+    add(
+        "--reward",
+        choices=["oracle", "oracle_success", "oracle_both", "viva", "random", "source_fidelity"],
+        default="oracle",
+    )
     add("--reward_weights", type=float, nargs="+", help="one each; default 1")
     add("--checkpoint", choices=["sft", "sft-underediting"], default="sft")
     add("--out", type=Path, required=True)
