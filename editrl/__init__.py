@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what editors and type checkers read; at run time __getattr__ does it
     from . import flow
     from .data import EditDataset, EditExample
+    from .editing import edit_clip
     from .errors import EditrlError
     from .policy import Conditions, FlowPolicy
     from .registry import list_policies, list_rewards, load_policy, load_reward, register_policy, register_reward

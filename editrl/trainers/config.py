@@ -27,7 +27,10 @@ class FlowConfig(TrainingArguments):
     )
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Decay of an exponential moving average of the trained weights; used for evaluation."},
+        metadata={
+            "help": "Decay of an exponential moving average of the trained weights, used for evaluation; ramped up as "
+            "(1 + n) / (10 + n) over the updates n."
+        },
     )
     conditions_cache: str | None = field(
         default=None,

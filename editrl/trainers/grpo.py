@@ -83,7 +83,8 @@ class FlowGRPOTrainer(FlowTrainer):
             # The whole run is one pass of the loader, whose groups are numbered through.
             generations = math.ceil(args.num_train_epochs * len(train_dataset) / args.groups_per_generation)
             args.max_steps = generations * args.updates_per_generation
-        if args.beta and peft_config is None and args.deepspeed:
+        adapted = peft_config is not None or isinstance(policy.transformer, PeftModel)
+        if args.beta and not adapted and args.deepspeed:
             raise EditrlError("beta without LoRA needs a second whole model, which DeepSpeed does not hold; use LoRA")
         if args.log_step_grad_norm and args.deepspeed:
             raise EditrlError("log_step_grad_norm needs the gradients, which DeepSpeed keeps to itself; drop it")
@@ -219,6 +220,7 @@ class FlowGRPOTrainer(FlowTrainer):
             self._record_scores(self.watched, watched, "metrics")
         if args.watchdog != "off":
             for name, values in measure(videos, [sample.source for sample in samples]).items():
+                values = self.accelerator.gather(values.to(device))
                 if not values.isnan().all():  # images do not flicker
                     self.record(f"watchdog/{name}", values.nanmean())
         advantages = group_advantages(

@@ -130,8 +130,8 @@ class FlowGRPOConfig(FlowConfig):
     old_policy_decay: float | None = field(
         default=None,
         metadata={
-            "help": "nft, awm, rwr: sample from, and compare with, a moving average of the weights with this decay. "
-            "Default: the current weights."
+            "help": "nft, awm, rwr: sample from, and compare with, a moving average of the weights with this decay, "
+            "ramped up as (1 + n) / (10 + n) over the updates n. Default: the current weights."
         },
     )
     rwr_temperature: float = field(
@@ -211,7 +211,7 @@ class FlowGRPOConfig(FlowConfig):
         return super().average_decays | {"old_policy": self.old_policy_decay}
 
     def _check_loss(self) -> None:
-        """What a loss would silently ignore is an error."""
+        """What contradicts a loss is an error; options of the other losses are not read."""
         loss, require = self.loss_type, self.require
         if loss not in DEFAULT_EPSILON:
             given = self.epsilon is not None or self.epsilon_high is not None
@@ -278,6 +278,12 @@ class FlowGRPOConfig(FlowConfig):
                 self.groups_per_generation % self.world_size == 0,
                 f"num_selected_generations needs whole groups on each of the {self.world_size} processes: "
                 f"generation_batch_size / num_generations is {self.groups_per_generation}",
+            )
+        if self.same_init_noise and self.shared_prefix:
+            require(
+                self.groups_per_generation % self.world_size == 0,
+                f"shared_prefix needs whole groups on each of the {self.world_size} processes, but "
+                f"generation_batch_size / num_generations is {self.groups_per_generation}; set shared_prefix to false",
             )
         trained = "the selected clips of a rollout, " if selected else "generation_batch_size "
         require(

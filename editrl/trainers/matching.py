@@ -63,7 +63,8 @@ def matching_loss(trainer: FlowGRPOTrainer, model, batch: NoisedBatch) -> Tensor
     latents = add_noise(batch.clean, batch.noise, batch.sigma)
     velocity = trainer.policy.velocity(model, latents, batch.sigma, batch.conditions)
     old_velocity = velocity.detach() if batch.old_velocity is None else batch.old_velocity
-    trainer.record("drift", velocity_kl(velocity.detach(), old_velocity).sqrt().mean())
+    if args.loss_type != "rwr":  # which knows no old velocity
+        trainer.record("drift", velocity_kl(velocity.detach(), old_velocity).sqrt().mean())
     targets = (batch.clean, batch.noise)
     if args.loss_type == "awm":
         clip = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -85,18 +86,19 @@ class FlowSFTTrainer(FlowTrainer):
     def _batch_loss(
         self, model, batch: Sequence[tuple[int, EditExample | None]], numbered: NumberedExamples, step: int
     ) -> Tensor:
-        """Losses [B], in the order of the shapes met."""
+        """Losses [B]; each shape is a forward of its own."""
         by_shape: dict[tuple, list] = defaultdict(list)
-        for (index, _), encoded in zip(batch, self._encoded(batch, numbered, step), strict=True):
-            by_shape[encoded.target_latents.shape].append((index, encoded))
-        losses = []
+        for position, ((index, _), encoded) in enumerate(zip(batch, self._encoded(batch, numbered, step), strict=True)):
+            by_shape[encoded.target_latents.shape].append((position, index, encoded))
+        losses, order = [], []
         for items in by_shape.values():
-            indices, encoded = zip(*items, strict=True)
+            positions, indices, encoded = zip(*items, strict=True)
+            order += positions
             conditions = Conditions.concatenate(one.conditions for one in encoded)
             clean = torch.cat([one.target_latents for one in encoded])
             mask = torch.cat([one.latent_mask for one in encoded])
             losses.append(self._shape_loss(model, indices, conditions, clean, mask, step))
-        return torch.cat(losses)
+        return torch.cat(losses)[torch.tensor(order, device=self.args.device).argsort()]
 
     def _shape_loss(self, model, indices, conditions: Conditions, clean: Tensor, mask: Tensor, step: int) -> Tensor:
         device = self.args.device
@@ -151,13 +153,16 @@ class FlowSFTTrainer(FlowTrainer):
             numbered = NumberedExamples(eval_dataset, self.train_dataset.decode)
         size = self.args.per_device_eval_batch_size
         self.model_wrapped.eval()
-        mine = range(self.args.process_index, len(numbered), self.args.world_size)
+        # Every rank makes as many forwards, or ZeRO-3 would wait for ever; what is judged twice counts once.
+        world, rank = self.args.world_size, self.args.process_index
+        places = [rank + k * world for k in range(math.ceil(len(numbered) / world))]
+        mine, counts = [place % len(numbered) for place in places], [place < len(numbered) for place in places]
         losses = []
         with self.averaged_weights():
             for start in range(0, len(mine), size):
                 batch = [numbered[index] for index in mine[start : start + size]]
                 losses.append(self._batch_loss(self.model_wrapped, batch, numbered, EVALUATION))
-        losses = torch.cat(losses) if losses else torch.zeros(0, device=self.args.device)
+        losses = torch.cat(losses)[torch.tensor(counts, device=self.args.device)]
         totals = torch.stack([losses.sum(), torch.tensor(float(len(losses)), device=self.args.device)])
         total, count = self.accelerator.reduce(totals, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / count}

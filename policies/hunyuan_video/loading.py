@@ -97,7 +97,7 @@ def load_parts(
     else:
         model = stream_transformer(whose, folder, dtype, device)
     if model.started_anew:
-        logger.info("'%s' is no editor yet; new, and to be trained: %s", whose, ", ".join(model.started_anew))
+        logger.warning("'%s' is no editor yet; new, and to be trained: %s", whose, ", ".join(model.started_anew))
     return parts | {
         "transformer": model if adapter is None else load_adapter(model, adapter),
         "vae": _load("vae", path, "vae", torch_dtype=dtype),
@@ -114,6 +114,9 @@ def stream_transformer(
     diffusers' own `device_map` does the same, but not for a checkpoint that lacks weights, as a text-to-video one does.
     """
     config = _load("transformer", location, subfolder, method="load_config")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # safetensors takes "cuda" for the first GPU
     folder = Path(location)
     if not folder.is_dir():
         folder = Path(snapshot_download(location, allow_patterns=f"{subfolder or ''}*"))

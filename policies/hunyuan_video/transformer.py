@@ -8,6 +8,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoPatchEmbed
 from torch import Tensor, nn
 
+from editrl.errors import EditrlError
+
 
 class SourcePatchEmbed(HunyuanVideoPatchEmbed):
     """`Projector(concat(P_noise(noisy latents), P_source(source latents)))`, the patch embedding of VIVA.
@@ -98,6 +100,12 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         model.start_source_path(info["missing_keys"])
+        lost, unknown = sorted(set(info["missing_keys"]) - set(model.started_anew)), sorted(info["unexpected_keys"])
+        if lost or unknown:
+            what = (
+                f"lacks {len(lost)} weights, the first is {lost[0]}" if lost else f"has the unknown weight {unknown[0]}"
+            )
+            raise EditrlError(f"the transformer in '{pretrained_model_name_or_path}' {what}; is it a HunyuanVideo?")
         return (model, info) if wants_info else model
 
     def start_source_path(self, missing: Sequence[str]) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from editrl.errors import EditrlError
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 
 CHANNELS = 16
@@ -161,3 +163,22 @@ def test_projector_and_embeddings_fuse_into_a_stock_model_of_more_channels():
     given = inputs()
     given["hidden_states"] = torch.cat([given["hidden_states"], source_latents()], dim=1)
     torch.testing.assert_close(fused(**given).sample, edit(model, source_latents()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("lacks", "lacks 1 weights, the first is proj_out.bias"), ("more", "has the unknown weight other")],
+)
+def test_a_checkpoint_of_another_model_is_refused(change, message, tmp_path):
+    """diffusers would leave the weight as the memory was, with a warning."""
+    editor().save_pretrained(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    state = (
+        {k: v for k, v in state.items() if k != "proj_out.bias"}
+        if change == "lacks"
+        else state | {"other": torch.zeros(1)}
+    )
+    save_file(state, file)
+    with pytest.raises(EditrlError, match=message):
+        HunyuanVideoEditTransformer3DModel.from_pretrained(tmp_path)
