@@ -16,7 +16,7 @@ IGNORED = ("seed", "weights", "device")
 INTRO = """Every algorithm post-trains the same tiny video editor in the embedded world: with large batches from an \
 ordinary checkpoint, or (small-) with small batches from the under-editing one. An oracle that knows the scene judges \
 512 held-out scenes, with fixed noise: is the edit right, and how much of the rest changed. Each experiment is named \
-after what was rewarded: the oracle itself, the three rewards of VIVA, or nothing (random), the control that shows what \
+after its reward: the oracle itself, the three rewards of VIVA, or nothing (random), the control that shows what \
 the optimizer does by itself.
 
 The gradient's signal is measured without any update: the cosine of the gradients of two independent batches, against \
