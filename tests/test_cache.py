@@ -202,10 +202,19 @@ def test_a_data_set_that_was_touched_is_read_once_more_and_then_known(folder, ed
     for clip in manifest.parent.rglob("*.mp4"):
         os.utime(clip)
     dataset = EditDataset.from_manifest(manifest)
+    read, digest = [], fingerprint.hashlib.file_digest
+
+    def counted(file, algorithm):
+        read.append(file.name)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(fingerprint.hashlib, "file_digest", counted)
     opened(folder, editor).require([dataset])
-    filled(folder, editor, dataset)
-    monkeypatch.setattr(fingerprint.hashlib, "file_digest", None)
+    assert read, "its times say nothing any more"
+    assert filled(folder, editor, dataset).encoded == 0
+    read.clear()
     opened(folder, editor).require([dataset])
+    assert not read
 
 
 def test_the_trained_transformer_does_not_matter(folder, editor, written):
