@@ -53,6 +53,7 @@ def reward_set(options: argparse.Namespace) -> editrl.RewardSet:
         "oracle": ["oracle_margin"],
         "oracle_success": ["oracle_success", "oracle_margin"],
         "oracle_both": ["oracle_margin", "oracle_preservation"],
+        "oracle_all": ["oracle_success", "oracle_margin", "oracle_preservation"],
     }[kind]
     return editrl.RewardSet([ORACLE + part for part in parts], weights=options.reward_weights)
 
@@ -190,7 +191,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add = options.add_argument
     add(
         "--reward",
-        choices=["oracle", "oracle_success", "oracle_both", "viva", "random", "source_fidelity"],
+        choices=["oracle", "oracle_success", "oracle_both", "oracle_all", "viva", "random", "source_fidelity"],
         default="oracle",
     )
     add("--reward_weights", type=float, nargs="+", help="one each; default 1")
