@@ -102,6 +102,14 @@ class FlowPolicy:
         """
         raise NotImplementedError
 
+    def compact(self, conditions: Conditions) -> Conditions:
+        """The same conditions without what no sample of this batch needs, such as padding of all.
+
+        Trainers call it once for a batch that is then run many times: it may read values, for which the device has to
+        be waited for, so that `velocity` need not. The result is run, never joined with others.
+        """
+        return conditions
+
     def encode_videos(self, videos: Tensor) -> Tensor:
         """Clips [B,F,3,H,W] float32 in [0,1] -> latents [B,C,f,h,w] float32."""
         raise NotImplementedError

@@ -157,12 +157,12 @@ def edit_examples(
     videos: list[Tensor] = []
     for start in range(0, len(examples), batch_size):
         part = slice(start, start + batch_size)
-        conditions = policy.encode(examples[part]).to(policy.device)
+        conditions = policy.compact(policy.encode(examples[part]).to(policy.device))
         shape = policy.latent_shape(conditions)
         noise = torch.stack([counter_noise(shape, *key) for key in noise_keys[part]])
         unconditional = None
         if true_cfg_scale != 1:
-            unconditional = policy.encode(examples[part], unconditional=True).to(policy.device)
+            unconditional = policy.compact(policy.encode(examples[part], unconditional=True).to(policy.device))
         trajectory = rollout(
             policy,
             transformer,

@@ -85,6 +85,9 @@ class WindowedPolicy(FlowPolicy):
             for span in self.spans
         )
 
+    def compact(self, conditions: Conditions) -> Conditions:
+        return self.policy.compact(conditions)
+
     def latent_shape(self, conditions: Conditions) -> tuple[int, ...]:
         channels, _, *size = self.policy.latent_shape(conditions[:1])
         return channels, self.weights.shape[1], *size

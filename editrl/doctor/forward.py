@@ -75,7 +75,8 @@ def rounding(trainer: FlowGRPOTrainer) -> float:
     precisions = {trainer.accelerator.mixed_precision, *dtypes}
     if precisions & {"bf16", "bfloat16"}:
         return 3e-2
-    tensor_floats = trainer.args.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    # Not `torch.get_float32_matmul_precision`, which raises once transformers has set tf32 by the newer interface.
+    tensor_floats = trainer.args.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return 5e-3 if tensor_floats or precisions & {"fp16", "float16"} else 1e-4
 
 

@@ -200,6 +200,8 @@ class FlowGRPOTrainer(FlowTrainer):
         ]
         if args.num_selected_generations:
             chunks = select(chunks, best_and_worst(advantages, groups, args.num_selected_generations), size)
+        for chunk in chunks:
+            chunk.conditions = self.policy.compact(chunk.conditions)
         with self.timed("rollout"), self.averaged_weights("old_policy"):
             return window_batches(self, chunks) if args.on_window else noised_batches(self, chunks)
 

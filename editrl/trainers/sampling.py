@@ -72,7 +72,7 @@ def sample_groups(
             rollout(
                 trainer.policy,
                 trainer.model_wrapped,
-                conditions[part],
+                trainer.policy.compact(conditions[part]),
                 initial_noise=state,
                 step_noise=step_noise,
                 start=first,
@@ -93,9 +93,8 @@ def shared_states(
     for begin in range(0, len(distinct), size):
         part = slice(begin, begin + size)
         noise = sample_noise(shape, trainer.args.seed, distinct[part], [0] * len(distinct[part]), INITIAL)
+        shared = trainer.policy.compact(conditions[part])
         states.extend(
-            rollout(
-                trainer.policy, trainer.model_wrapped, conditions[part], initial_noise=noise, stop=stop, **settings
-            ).clean
+            rollout(trainer.policy, trainer.model_wrapped, shared, initial_noise=noise, stop=stop, **settings).clean
         )
     return dict(zip(distinct, states, strict=True))

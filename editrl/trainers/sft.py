@@ -102,7 +102,7 @@ class FlowSFTTrainer(FlowTrainer):
 
     def _shape_loss(self, model, indices, conditions: Conditions, clean: Tensor, mask: Tensor, step: int) -> Tensor:
         device = self.args.device
-        conditions, clean, mask = conditions.to(device), clean.to(device), mask.to(device)
+        conditions, clean, mask = self.policy.compact(conditions.to(device)), clean.to(device), mask.to(device)
         shape = clean.shape[1:]
         noise = torch.stack([counter_noise(shape, self.args.seed, step, index) for index in indices]).to(device)
         sigma = self._sigmas(indices, step).to(device)

@@ -129,6 +129,8 @@ def _mask_in_rank_order(attention: nn.Module, args: tuple, kwargs: dict) -> tupl
     After the exchange those are [video of rank 0 | text of rank 0 | video of rank 1 | ...], because each rank joins its
     own shares first. diffusers leaves the mask as it is.
     """
+    if kwargs["attention_mask"] is None:  # no token is padding
+        return args, kwargs
     video, text = kwargs["hidden_states"].shape[1], kwargs["encoder_hidden_states"].shape[1]  # one rank's share
     mask = kwargs["attention_mask"]
     degree = mask.shape[-1] // (video + text)

@@ -137,6 +137,22 @@ class HunyuanVideoPolicy(FlowPolicy):
             tensors |= self._reference(examples, tensors["source_latents"])
         return Conditions(tensors, sequences=frozenset({"instructor_tokens", "instructor_mask"}))
 
+    def compact(self, conditions: Conditions) -> Conditions:
+        tensors = dict(conditions.tensors)
+        if "instructor_mask" in tensors:
+            tokens, mask = trim_text(tensors["instructor_tokens"], tensors["instructor_mask"], self.context_parallel)
+            tensors |= {"instructor_tokens": tokens, "instructor_mask": mask}
+            if mask.all():
+                del tensors["instructor_mask"]
+        if "has_reference" in tensors:
+            marked = tensors["has_reference"]
+            if marked.all():
+                del tensors["has_reference"]
+            elif not marked.any():
+                for name in ("has_reference", "reference_latents", "reference_noise"):
+                    del tensors[name]
+        return Conditions(tensors, conditions.sequences)
+
     def _reference(self, examples: Sequence[EditExample], sources: Tensor) -> dict[str, Tensor]:
         """Latents and noise [B,C,1,h,w] of the reference images, zeros where there is none, and who has one [B]."""
         latents, noise = torch.zeros_like(sources[:, :, :1]), torch.zeros_like(sources[:, :, :1])
@@ -194,7 +210,10 @@ class HunyuanVideoPolicy(FlowPolicy):
     ) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
         marked = conditions.tensors.get("has_reference")
-        if marked is None or not marked.any():
+        if marked is None:  # all or none, as `compact` leaves it
+            method = self._velocity_with_reference if "reference_latents" in conditions.tensors else self._velocity
+            return method(transformer, latents, sigma, conditions)
+        if not marked.any():
             return self._velocity(transformer, latents, sigma, conditions)
         if marked.all():
             return self._velocity_with_reference(transformer, latents, sigma, conditions)
@@ -235,9 +254,10 @@ class HunyuanVideoPolicy(FlowPolicy):
         self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditions: Conditions, extra_frames: int = 0
     ) -> Tensor:
         dtype = self.transformer.dtype
-        tokens, mask = conditions.instructor_tokens, conditions.instructor_mask
+        tokens, mask = conditions.instructor_tokens, conditions.tensors.get("instructor_mask")
         if self.context_parallel > 1:
-            tokens, mask = trim_text(tokens, mask, self.context_parallel)
+            if mask is not None:
+                tokens, mask = trim_text(tokens, mask, self.context_parallel)
             config = self.transformer.config
             check_tokens(
                 latents.shape,

@@ -224,3 +224,39 @@ def test_the_settings_are_saved_with_the_editor(tmp_path):
     policy = load(reference_position="first", reference_noise="zeros", frames=3, hidden_layer=-2, flow_shift=6.0)
     policy.save_pretrained(tmp_path)
     assert HunyuanVideoPolicy.from_pretrained(str(tmp_path)).settings() == policy.settings()
+
+
+# -- what a batch does not need ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("examples", "left_out"),
+    [
+        ([example(0), example(1)], {"instructor_mask", "has_reference", "reference_latents", "reference_noise"}),
+        ([example(0, reference=True), example(1, reference=True)], {"instructor_mask", "has_reference"}),
+        ([example(0, reference=True), example(1)], set()),
+        (
+            [example(0), example(1, instruction="replace the red circle with a large green square")],
+            {"has_reference", "reference_latents", "reference_noise"},
+        ),
+    ],
+    ids=["alike", "all with reference", "one with reference", "instructions of different length"],
+)
+def test_compact_conditions_give_the_same_velocity(examples, left_out):
+    policy = load(reference_position="last")
+    conditions = policy.encode(examples)
+    compact = policy.compact(conditions)
+    assert conditions.tensors.keys() - compact.tensors.keys() == left_out
+    latents = noise_for(policy, conditions)
+    torch.testing.assert_close(
+        velocity(policy, compact, latents), velocity(policy, conditions, latents), atol=2e-6, rtol=1e-5
+    )
+
+
+def test_padding_of_all_samples_is_cut_off():
+    policy = load(reference_position="last")
+    conditions = policy.encode([example(0), example(1, instruction="replace the red circle with a large green square")])
+    longest = conditions.instructor_tokens.shape[1]
+    first = policy.compact(conditions[:1])
+    assert first.instructor_tokens.shape[1] == int(conditions.instructor_mask[0].sum()) < longest
+    assert "instructor_mask" not in first.tensors

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from editrl.doctor import diagnose
 from editrl.doctor.finding import Finding, failed, summary
+from editrl.doctor.forward import rounding
 from editrl.doctor.learning import clip_finding, reward_finding, size
 from editrl.doctor.observation import first_numbers
 from editrl.doctor.ratio import Around, round_numbers, shift_of
@@ -557,6 +558,20 @@ def test_memory_counts_what_a_rollout_keeps_once(grpo):
 
 
 # -- small parts -------------------------------------------------------------------------------------------------------
+
+
+def test_rounding_knows_of_tf32_however_it_was_set(grpo, monkeypatch):
+    """transformers sets it by an interface that makes torch.get_float32_matmul_precision raise."""
+    trainer = grpo([brightness])
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    assert rounding(trainer) == 1e-4
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert rounding(trainer) == 5e-3
+    finally:
+        torch.backends.fp32_precision = "none"
 
 
 def test_a_stored_step_is_scored_as_the_kernel_scored_it():
