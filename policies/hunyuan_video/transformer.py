@@ -10,7 +10,6 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor, nn
 
 from editrl.errors import EditrlError
-from editrl.policies.hunyuan_video.attention import JointAttnProcessor
 
 
 class SourcePatchEmbed(HunyuanVideoPatchEmbed):
@@ -89,8 +88,6 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         self.x_embedder = SourcePatchEmbed(
             (patch_size_t, patch_size, patch_size), in_channels, source_channels, embed_dim
         )
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
-            block.attn.set_processor(JointAttnProcessor())
 
     def forward(
         self,

@@ -1,0 +1,19 @@
+"""Faster and smaller: compiled blocks, activations within a budget, merged adapters, FP8 base weights."""
+
+from editrl.speed.activations import BlockRunner, block_function, footprint, plan_levels
+from editrl.speed.fp8 import FP8Linear, quantize_blocks
+from editrl.speed.merge import MergedAdapter, merged_bytes
+from editrl.speed.prepare import prepare_transformer, repeated_blocks
+
+__all__ = [
+    "BlockRunner",
+    "FP8Linear",
+    "MergedAdapter",
+    "block_function",
+    "footprint",
+    "merged_bytes",
+    "plan_levels",
+    "prepare_transformer",
+    "quantize_blocks",
+    "repeated_blocks",
+]

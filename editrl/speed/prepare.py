@@ -1,0 +1,75 @@
+"""A transformer of diffusers, set up to run fast and within a budget of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from editrl.errors import EditrlError
+from editrl.speed.activations import BlockRunner
+
+GIB = 2**30
+RESERVE = 0.05
+"""Share of a device's memory that a budget of "auto" leaves alone: fragments, and what libraries take."""
+
+
+def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer, with or without adapters: the modules of its own lists, in order."""
+    model = transformer.get_base_model() if isinstance(transformer, PeftModel) else transformer
+    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def prepare_transformer(
+    transformer: nn.Module,
+    *,
+    compiled: bool = False,
+    checkpointed: bool = False,
+    activation_memory: float | str | None = None,
+    attention_backend: str | None = None,
+) -> None:
+    """Set a transformer up in place; call it when its adapters are attached and before DDP or DeepSpeed wrap it.
+
+    Args:
+        compiled: compile the blocks, one by one and with one graph for all of a class (regional compilation).
+        checkpointed: compute the activations of the blocks again in the backward pass.
+        activation_memory: GiB that the blocks' activations may take, or "auto": what the device has left at the first
+            training step. Instead of `checkpointed`.
+        attention_backend: one of diffusers' attention backends, by name.
+    """
+    model = transformer.get_base_model() if isinstance(transformer, PeftModel) else transformer
+    if attention_backend is not None:
+        try:
+            model.set_attention_backend(attention_backend)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise EditrlError(f"attention_backend '{attention_backend}': {str(error).splitlines()[0]}") from error
+    blocks = repeated_blocks(transformer)
+    if activation_memory is not None or (checkpointed and compiled):
+        model.enable_gradient_checkpointing(BlockRunner(blocks, _budget(transformer, activation_memory), compiled))
+    elif checkpointed:
+        model.enable_gradient_checkpointing()
+    if compiled:
+        # A graph each for: classes of blocks, levels of activations, with and without gradient, adapter on and off.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in blocks:
+            block.compile()
+
+
+def _budget(transformer: nn.Module, memory: float | str | None) -> int | Callable[[], int] | None:
+    if memory is None:
+        return None
+    if memory != "auto":
+        return int(memory * GIB)
+    if not torch.cuda.is_available():
+        raise EditrlError('activation_memory "auto" asks a GPU what it has left; give GiB instead')
+    return lambda: free_memory(transformer)
+
+
+def free_memory(transformer: nn.Module) -> int:
+    """Bytes of the current GPU that activations may take, once gradients and Adam's two moments are there."""
+    free, total = torch.cuda.mem_get_info()
+    reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    return max(int(free + reusable - 12 * trained - RESERVE * total), 0)
