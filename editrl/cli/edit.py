@@ -128,8 +128,8 @@ def edit(options: argparse.Namespace) -> None:
     from editrl.editing import edited_frames
 
     quiet_libraries()
-    processes = Processes.of_torchrun(options.context_parallel)
-    if processes.degree > 1 and processes.groups > 1:
+    processes = Processes.of_torchrun(options.context_parallel) if options.context_parallel > 1 else Processes()
+    if processes.groups > 1:
         raise EditrlError(
             f"one clip is shared by --context_parallel {processes.degree} processes, here are {processes.world}; start "
             f"{processes.degree}, or set it to {processes.world}"
@@ -147,8 +147,7 @@ def edit(options: argparse.Namespace) -> None:
             ".mp4, or --num_frames 1"
         )
     make_folder(options.output.absolute().parent)
-    if processes.degree > 1:
-        processes.connect(device)
+    processes.connect(device)
     policy = load_editor(options, device)
     with tqdm(desc="editing", unit="forward", delay=2, disable=None if processes.leads else True) as bar:
 
@@ -159,7 +158,7 @@ def edit(options: argparse.Namespace) -> None:
         video = edit_example(policy, example, options.source, options, progress)
     if processes.leads:
         print(write_edit(video, example, options.source, options.output, options))
-    if processes.degree > 1:
+    if processes.world > 1:
         distributed.destroy_process_group()
 
 

@@ -75,11 +75,11 @@ def _edit_rows(
             row, where = rows[index], f"{options.manifest}, row {index}"
             try:
                 source = root / row["source"]
-                name = _name(row) + (".png" if is_image(source) else ".mp4")
                 with processes.together():
                     example = load_row(row, root, where, options)
                     video = edit_example(policy, example, source, options, _postfix(bar))
                 if processes.leads:
+                    name = _name(row) + (".png" if is_image(source) else ".mp4")
                     line = write_edit(video, example, source, options.output / name, options)
                     _write_record(row, name, options)
                     bar.write(line)

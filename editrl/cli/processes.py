@@ -21,9 +21,9 @@ UNLIMITED = timedelta(days=30)
 class Processes:
     """This process among `world` of them, of which each `degree` neighbours share their clips."""
 
-    rank: int
-    world: int
-    degree: int
+    rank: int = 0
+    world: int = 1
+    degree: int = 1
     sharers: distributed.ProcessGroup | None = None
     """Through which the processes of a group agree."""
 
