@@ -91,6 +91,9 @@ class FlowPolicy:
     size_multiple: int = 16
     """Height and width are multiples of this."""
 
+    context_parallel: int = 1
+    """Processes that share each clip."""
+
     def shift_for(self, height: int, width: int) -> float:
         """Timestep shift to sample with at this size, where none is asked for."""
         return 5.0
@@ -134,6 +137,15 @@ class FlowPolicy:
     def latent_mask(self, masks: Tensor) -> Tensor:
         """Edit masks [B,F,1,H,W] in {0,1} -> [B,1,f,h,w] on the latent grid: 1 wherever any covered pixel is edited."""
         raise NotImplementedError
+
+    def enable_context_parallel(self, degree: int) -> None:
+        """Let groups of `degree` neighbouring processes share each clip, and set `context_parallel`. Optional.
+
+        Called once, with `torch.distributed` initialised, after adapters are attached and before DDP or DeepSpeed wrap
+        the transformer. From then on the processes of a group are given the same inputs, and each gets the whole
+        velocity; their gradients sum to that of one process.
+        """
+        raise EditrlError(f"{type(self).__name__} has no context parallelism; set context_parallel to 1")
 
     def frozen_modules(self) -> Iterable[nn.Module]:
         """Modules that are never trained; trainers move them to the device once."""

@@ -11,6 +11,8 @@ from editrl.cli.parser import CommandParser, number
 from editrl.errors import EditrlError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from editrl.data import EditExample
     from editrl.policy import FlowPolicy
 
@@ -53,6 +55,12 @@ def _add_arguments(parser: CommandParser) -> None:
     model.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (a checkpoint of a LoRA run)")
     model.add_argument("--dtype", help="of the model: float32 (default), bfloat16 or float16")
     model.add_argument("--device", help="default: cuda where there is one")
+    model.add_argument(
+        "--context_parallel",
+        type=number(int, least=1),
+        default=1,
+        help="processes of torchrun that share each clip (1), for clips that are slow or too large for one GPU",
+    )
 
     shape = parser.add_argument_group("length and size")
     shape.add_argument("--num_frames", type=number(int, least=1), help="edit the first frames only; default: all")
@@ -112,12 +120,20 @@ def _check(parser: CommandParser, options: argparse.Namespace) -> None:
 
 def edit(options: argparse.Namespace) -> None:
     """Edit one clip: first what is quickly found to be wrong, then the model."""
+    from torch import distributed
     from tqdm import tqdm
 
     from editrl.cli.launch import make_folder, quiet_libraries
+    from editrl.cli.processes import Processes
     from editrl.editing import edited_frames
 
     quiet_libraries()
+    processes = Processes.of_torchrun(options.context_parallel) if options.context_parallel > 1 else Processes()
+    if processes.groups > 1:
+        raise EditrlError(
+            f"one clip is shared by --context_parallel {processes.degree} processes, here are {processes.world}; start "
+            f"{processes.degree}, or set it to {processes.world}"
+        )
     device = find_device(options.device)
     policy_class = find_policy(options)
     row = {"id": options.source.stem, "instruction": options.instruction, "source": str(options.source.absolute())}
@@ -131,15 +147,19 @@ def edit(options: argparse.Namespace) -> None:
             ".mp4, or --num_frames 1"
         )
     make_folder(options.output.absolute().parent)
+    processes.connect(device)
     policy = load_editor(options, device)
-    with tqdm(desc="editing", unit="forward", delay=2, disable=None) as bar:
+    with tqdm(desc="editing", unit="forward", delay=2, disable=None if processes.leads else True) as bar:
 
         def progress(done: int, forwards: int) -> None:
             bar.total = forwards
             bar.update(done - bar.n)
 
-        line = edit_example(policy, example, options.source, options.output, options, progress)
-    print(line)
+        video = edit_example(policy, example, options.source, options, progress)
+    if processes.leads:
+        print(write_edit(video, example, options.source, options.output, options))
+    if processes.world > 1:
+        distributed.destroy_process_group()
 
 
 def find_device(name: str | None):
@@ -169,7 +189,7 @@ def find_policy(options: argparse.Namespace) -> type[FlowPolicy]:
 
 
 def load_editor(options: argparse.Namespace, device) -> FlowPolicy:
-    """The editor with its adapter, on the device, ready to edit."""
+    """The editor with its adapter, on the device, ready to edit, shared as the options say."""
     policy = _policy_arguments(options).load()
     if options.adapter is not None:
         from peft import PeftModel
@@ -177,6 +197,8 @@ def load_editor(options: argparse.Namespace, device) -> FlowPolicy:
         policy.transformer = PeftModel.from_pretrained(policy.transformer, options.adapter)
     policy.to(device)
     policy.transformer.eval()
+    if options.context_parallel > 1:
+        policy.enable_context_parallel(options.context_parallel)
     return policy
 
 
@@ -206,21 +228,19 @@ def edit_example(
     policy: FlowPolicy,
     example: EditExample,
     source: Path,
-    output: Path,
     options: argparse.Namespace,
     progress: Callable[[int, int], None] | None = None,
-) -> str:
-    """Edit and write one clip, with the sound of the file `source`. What was done, in one line."""
+) -> Tensor:
+    """Edit one clip, of the file `source`: [F,3,H,W] in [0,1]."""
     import torch
 
-    from editrl.data import write_image, write_video
-    from editrl.editing import edit_clip, side_by_side
+    from editrl.editing import edit_clip
 
     size = options.resolution if options.height is None else (options.height, options.width)
     names = ("num_inference_steps", "shift", "seed", "true_cfg_scale", "ode_solver")
     names += ("frames", "fit", "max_frames", "overlap")
     try:
-        video = edit_clip(
+        return edit_clip(
             policy,
             example.source,
             example.instruction,
@@ -234,6 +254,13 @@ def edit_example(
             f"{source}: {len(example.source)} frames of {example.source.shape[-1]}x{example.source.shape[-2]} need "
             "more memory than there is; give --max_frames, --resolution, or --dtype bfloat16"
         ) from error
+
+
+def write_edit(video: Tensor, example: EditExample, source: Path, output: Path, options: argparse.Namespace) -> str:
+    """Write an edited clip, with the sound of the file `source`. What was done, in one line."""
+    from editrl.data import write_image, write_video
+    from editrl.editing import side_by_side
+
     left_out = len(example.source) - len(video)
     video = side_by_side(example.source, video) if options.side_by_side else video
     rate = ""

@@ -1,5 +1,7 @@
 """`editrl edit --manifest`: every row to a clip in a folder, by one or several processes, resumable.
 
+Rows are divided among the processes of a `torchrun`, or with --context_parallel among groups of them that share a clip.
+
 Beside each clip `NAME.mp4` (or `.png` for an image) stands `NAME.json`: the request and the settings that it was made
 with. It is written last, so a clip is finished where it is there.
 """
@@ -8,53 +10,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from torch import distributed
 from tqdm import tqdm
 
-from editrl.cli.edit import edit_example, find_device, find_policy, load_editor, load_row
+from editrl.cli.edit import edit_example, find_device, find_policy, load_editor, load_row, write_edit
 from editrl.cli.launch import make_folder, quiet_libraries
+from editrl.cli.processes import Processes
 from editrl.data import EditDataset, atomic_path
 from editrl.data.video import is_image
 from editrl.errors import EditrlError
 
 REQUEST = ("instruction", "source", "reference_image")
 # What `editrl edit` is told beside the request and changes nothing in a clip.
-NO_SETTING = ("source", "instruction", "output", "manifest", "overwrite", "reference", "device")
+NO_SETTING = ("source", "instruction", "output", "manifest", "overwrite", "reference", "device", "context_parallel")
 
 
 def edit_manifest(options: argparse.Namespace) -> int:
-    """Edit the rows that are not done yet; rank r of a `torchrun` takes rows r, r + world size, ...
+    """Edit the rows that are not done yet; of n groups of processes, group g takes rows g, g + n, ...
 
     Returns 1 if rows failed: they are listed at the end, and the next call tries them again.
     """
     quiet_libraries()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    processes = Processes.of_torchrun(options.context_parallel)
     device = find_device(options.device)
     find_policy(options)
     dataset = EditDataset.from_manifest(options.manifest, frame_multiple=1, size_multiple=1)
     make_folder(options.output)
     rows = [_row(dataset, index, options) for index in range(len(dataset))]
     todo = [index for index, row in enumerate(rows) if not _is_done(row, options)]
-    if rank == 0 and len(todo) < len(rows):
+    if processes.rank == 0 and len(todo) < len(rows):
         print(f"{options.output}: {len(rows) - len(todo)} of {len(rows)} clips are done already")
     if not todo:
         return 0
-    if world > 1:
-        # Processes wait for each other at the end only, and one of them may have the longest clips.
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    mine = [index for index in todo if index % world == rank]
-    failures = _edit_rows(rows, mine, dataset.root, options, device, show=rank == 0)
-    return _report(failures, len(todo), world)
+    processes.connect(device)
+    mine = [index for index in todo if index % processes.groups == processes.group]
+    failures = _edit_rows(rows, mine, dataset.root, options, device, processes)
+    return _report(failures if processes.leads else [], len(todo), processes.world)
 
 
 def _row(dataset: EditDataset, index: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -67,27 +63,31 @@ def _row(dataset: EditDataset, index: int, options: argparse.Namespace) -> dict[
 
 
 def _edit_rows(
-    rows: list[dict], mine: list[int], root: Path, options: argparse.Namespace, device, *, show: bool
+    rows: list[dict], mine: list[int], root: Path, options: argparse.Namespace, device, processes: Processes
 ) -> list[str]:
     """Edit some of the rows; a line for each that failed."""
     failures: list[str] = []
-    if not mine:
+    if not mine and processes.degree == 1:  # to make groups, all processes need the model
         return failures
     policy = load_editor(options, device)
-    with tqdm(mine, desc="editing", unit="clip", disable=None if show else True) as bar:
+    with tqdm(mine, desc="editing", unit="clip", disable=None if processes.rank == 0 else True) as bar:
         for index in bar:
             row, where = rows[index], f"{options.manifest}, row {index}"
             try:
-                example = load_row(row, root, where, options)
                 source = root / row["source"]
-                name = _name(row) + (".png" if is_image(source) else ".mp4")
-                line = edit_example(policy, example, source, options.output / name, options, _postfix(bar))
-                _write_record(row, name, options)
-                bar.write(line)
+                with processes.together():
+                    example = load_row(row, root, where, options)
+                    video = edit_example(policy, example, source, options, _postfix(bar))
+                if processes.leads:
+                    name = _name(row) + (".png" if is_image(source) else ".mp4")
+                    line = write_edit(video, example, source, options.output / name, options)
+                    _write_record(row, name, options)
+                    bar.write(line)
             except (EditrlError, OSError, RuntimeError) as error:  # this row's, and no reason to stop the others
                 reason = " ".join(str(error).split())
                 failures.append(reason if reason.startswith(where) else f"{where} (id {row['id']!r}): {reason}")
-                bar.write(f"failed: {failures[-1]}")
+                if processes.leads:
+                    bar.write(f"failed: {failures[-1]}")
     return failures
 
 

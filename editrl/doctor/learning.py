@@ -89,10 +89,10 @@ def marginals_finding(trainer: FlowGRPOTrainer, seen: Seen, wrong: Sequence[str]
 
 def reward_findings(trainer: FlowGRPOTrainer, seen: Seen) -> list[Finding]:
     """Whether the members of a group score differently, for each reward."""
-    device, accelerator = trainer.args.device, trainer.accelerator
+    device = trainer.args.device
     scores = trainer.rewards(seen.videos, reward_columns(seen.samples)).to(device)
-    rewards = accelerator.gather(scores).cpu()
-    groups = accelerator.gather(torch.tensor(seen.groups, device=device)).cpu()
+    rewards = trainer.gather_clips(scores).cpu()
+    groups = trainer.gather_clips(torch.tensor(seen.groups, device=device)).cpu()
     flat = zero_std_groups(rewards, groups).tolist()
     columns = zip(trainer.rewards.names, trainer.rewards.weights.tolist(), rewards.unbind(1), flat, strict=True)
     return [reward_finding(name, weight, values, groups, share) for name, weight, values, share in columns]
@@ -174,6 +174,8 @@ def gradient_finding(trainer: FlowGRPOTrainer, seen: Seen) -> Finding:
     """One real backward pass, of the micro-batch with the largest advantages."""
     if trainer.is_deepspeed_enabled:
         return Finding("gradient", "info", "not measured: DeepSpeed keeps the gradients to itself; watch grad_norm")
+    if trainer.args.context_parallel > 1:
+        return Finding("gradient", "info", "not measured: each process has a share of it only; watch grad_norm")
     batch: MicroBatch = max(seen.batches, key=lambda batch: batch.advantages.abs().mean().item())
     made_up = not batch.advantages.any()
     if made_up:  # a flat reward has its own line

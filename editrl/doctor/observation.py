@@ -105,8 +105,8 @@ def first_numbers(trainer: FlowGRPOTrainer) -> list[list[int]]:
     args = trainer.args
     groups = GroupSchedule(len(trainer.train_dataset), args.groups_per_generation, args.seed)
     clips = [list(groups[group]) for group in range(len(groups)) for _ in range(args.num_generations)]
-    share = len(clips) // args.world_size
-    return clips[args.process_index * share :][:share]
+    share = len(clips) // args.data_world_size
+    return clips[args.data_rank * share :][:share]
 
 
 def inputs(trainer: FlowGRPOTrainer, batch: MicroBatch) -> tuple[Tensor, Tensor, Conditions]:

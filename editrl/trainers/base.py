@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -56,6 +57,7 @@ class FlowTrainer(Trainer):
             args.gradient_checkpointing = args.activation_checkpointing = False
         if peft_config is not None:
             policy.transformer = get_peft_model(policy.transformer, peft_config)
+        share_clips(policy, args.context_parallel)
         super().__init__(
             model=policy.transformer,
             args=args,
@@ -89,6 +91,44 @@ class FlowTrainer(Trainer):
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer sees."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # Context parallelism: the processes of a group do the same work on the same clips.
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self.dealt_to_groups(super().get_train_dataloader())
+
+    def dealt_to_groups(self, loader: DataLoader) -> DataLoader:
+        """A loader that accelerate deals to processes, dealt to groups of them: all of a group get the same batches."""
+        if self.args.context_parallel == 1:
+            return loader
+        dealer = loader.batch_sampler
+        dealer.num_processes, dealer.process_index = self.args.data_world_size, self.args.data_rank
+        if self.args.data_world_size == 1:
+            dealer.even_batches = False  # a last batch may be short, as on one process
+        return loader
+
+    def get_cp_size(self) -> int:
+        """What `transformers.Trainer` divides the batch size that it reports by."""
+        return self.args.context_parallel
+
+    def gather_clips(self, values: Tensor) -> Tensor:
+        """What every clip of a rollout has: [B,...] on each process -> [N,...], in order.
+
+        Of processes that share clips the first one's: their scores may differ, if a reward is not deterministic.
+        """
+        by_process = self.accelerator.gather(values).unflatten(0, (-1, len(values)))
+        return by_process[:: self.args.context_parallel].flatten(0, 1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        loss = self.micro_batch_loss(model, inputs)
+        if self.args.context_parallel > 1 and loss.requires_grad:
+            # A process has its tokens' share of the gradient: a sum is due where DDP and DeepSpeed take the mean.
+            loss.register_hook(lambda gradient: gradient * self.args.context_parallel)
+        return loss
+
+    def micro_batch_loss(self, model, inputs) -> Tensor:
+        """Loss of a micro-batch, the same on all processes that share its clips; subclasses say what it is."""
+        raise NotImplementedError
 
     # Conditions that were computed beforehand.
 
@@ -243,6 +283,17 @@ class FlowTrainer(Trainer):
                 "resume from an earlier one"
             )
         return super().train(resume_from_checkpoint, **kwargs)
+
+
+def share_clips(policy: FlowPolicy, degree: int) -> None:
+    """Make the policy context-parallel, unless it is already; EditrlError if it is of another degree."""
+    if policy.context_parallel not in (1, degree):
+        raise EditrlError(
+            f"{policy.context_parallel} processes share each clip of this policy already; set context_parallel to "
+            f"{policy.context_parallel}, not {degree}, or load the policy anew"
+        )
+    if policy.context_parallel != degree:
+        policy.enable_context_parallel(degree)
 
 
 def newest_checkpoint(output_dir: str | os.PathLike) -> str:

@@ -38,6 +38,13 @@ class FlowConfig(TrainingArguments):
             "help": "Folder that `editrl precompute` has filled: conditions are read there instead of being computed."
         },
     )
+    context_parallel: int = field(
+        default=1,
+        metadata={
+            "help": "Neighbouring processes that share the tokens of each clip (Ulysses), for clips whose activations "
+            "do not fit one GPU. Batch sizes count such a group as one process."
+        },
+    )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide non-finite losses. Off: a non-finite loss stops the run."}
@@ -56,6 +63,7 @@ class FlowConfig(TrainingArguments):
         at_least = dict.fromkeys(sizes, 1) | dict.fromkeys(("learning_rate", "seed", "weight_decay"), 0)
         for name, least in at_least.items():
             self.require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
+        self._check_context_parallel()
         self.require(
             self.max_steps == -1 or self.max_steps >= 1,
             f"max_steps must be at least 1, or -1 for whole epochs, got {self.max_steps}",
@@ -71,6 +79,30 @@ class FlowConfig(TrainingArguments):
         self.require(0 < self.shift < math.inf, f"shift must be a finite number above 0, got {self.shift}")
         for name, decay in self.average_decays.items():
             self.require(decay is None or 0 <= decay < 1, f"{name}_decay must be in [0, 1), got {decay}")
+
+    def _check_context_parallel(self) -> None:
+        degree, world = self.context_parallel, self.world_size
+        self.require(degree >= 1, f"context_parallel must be at least 1, got {degree}")
+        self.require(
+            world % degree == 0,
+            f"context_parallel {degree} must divide the number of processes, {world}; start a multiple of {degree} "
+            f"(torchrun --nproc_per_node {degree}), or set context_parallel to 1",
+        )
+        self.require(
+            degree == 1 or not self.accelerator_config.dispatch_batches,
+            "context_parallel deals batches to groups of processes, dispatch_batches of accelerator_config to "
+            "processes; drop one of them",
+        )
+
+    @property
+    def data_world_size(self) -> int:
+        """Among how many the clips are divided: groups of `context_parallel` processes."""
+        return self.world_size // self.context_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this process's group. Groups are of neighbours, which do the same work."""
+        return self.process_index // self.context_parallel
 
     @property
     def average_decays(self) -> dict[str, float | None]:

@@ -86,6 +86,8 @@ class FlowGRPOTrainer(FlowTrainer):
         adapted = peft_config is not None or isinstance(policy.transformer, PeftModel)
         if args.beta and not adapted and args.deepspeed:
             raise EditrlError("beta without LoRA needs a second whole model, which DeepSpeed does not hold; use LoRA")
+        if args.beta and not adapted and args.context_parallel > 1:
+            raise EditrlError("beta without LoRA needs a copy of the model, and context_parallel allows none; use LoRA")
         if args.log_step_grad_norm and args.deepspeed:
             raise EditrlError("log_step_grad_norm needs the gradients, which DeepSpeed keeps to itself; drop it")
         self._micro_batches: list[MicroBatch] = []
@@ -117,11 +119,11 @@ class FlowGRPOTrainer(FlowTrainer):
         )
         loader = DataLoader(
             groups,
-            batch_size=args.generation_batch_size // args.world_size,
+            batch_size=args.generation_batch_size // args.data_world_size,
             sampler=sampler,
             collate_fn=lambda numbers: {"numbers": torch.tensor(numbers)},
         )
-        return self.accelerator.prepare(loader)
+        return self.dealt_to_groups(self.accelerator.prepare(loader))
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> MicroBatch:
         """The next micro-batch; a new rollout whenever the last one is used up."""
@@ -172,7 +174,7 @@ class FlowGRPOTrainer(FlowTrainer):
         """
         args, device = self.args, self.args.device
         groups, indices = (list(column) for column in zip(*numbers, strict=True))
-        first = args.process_index * len(groups)
+        first = args.data_rank * len(groups)
         members = [(first + position) % args.num_generations for position in range(len(groups))]
 
         with self.timed("rollout"):
@@ -210,19 +212,19 @@ class FlowGRPOTrainer(FlowTrainer):
         args, device = self.args, self.args.device
         columns = reward_columns(samples)
         scores = self.rewards(videos, columns).to(device)
-        rewards = self.accelerator.gather(scores)
-        group_ids = self.accelerator.gather(torch.tensor(groups, device=device))
+        rewards = self.gather_clips(scores)
+        group_ids = self.gather_clips(torch.tensor(groups, device=device))
         self._record_scores(self.rewards, rewards)
         for name, share in zip(self.rewards.names, zero_std_groups(rewards, group_ids).tolist(), strict=True):
             self.record(f"rewards/{name}/frac_zero_std", share)
         weights = self.rewards.weights.to(device)
         self.record("reward", (rewards.nanmean(0).nan_to_num() * weights).sum())
         if self.watched is not None:
-            watched = self.accelerator.gather(self.watched(videos, columns).to(device))
+            watched = self.gather_clips(self.watched(videos, columns).to(device))
             self._record_scores(self.watched, watched, "metrics")
         if args.watchdog != "off":
             for name, values in measure(videos, [sample.source for sample in samples]).items():
-                values = self.accelerator.gather(values.to(device))
+                values = self.gather_clips(values.to(device))
                 if not values.isnan().all():  # images do not flicker
                     self.record(f"watchdog/{name}", values.nanmean())
         advantages = group_advantages(
@@ -234,7 +236,7 @@ class FlowGRPOTrainer(FlowTrainer):
             clip=args.advantage_clip,
         )
         self.record("frac_reward_zero_std", zero_std_groups(advantages.unsqueeze(1), group_ids).mean())
-        first = args.process_index * len(groups)
+        first = args.data_rank * len(groups)
         return advantages[first : first + len(groups)]
 
     def _record_scores(self, scorer: RewardSet, scores: Tensor, kind: str = "rewards") -> None:
@@ -276,7 +278,7 @@ class FlowGRPOTrainer(FlowTrainer):
         self._seconds["train"] += whole - (sum(self._seconds.values()) - before)
         return loss
 
-    def compute_loss(self, model, inputs: MicroBatch, return_outputs=False, num_items_in_batch=None) -> Tensor:
+    def micro_batch_loss(self, model, inputs: MicroBatch) -> Tensor:
         return window_loss(self, model, inputs) if self.args.on_window else matching_loss(self, model, inputs)
 
     def reference_velocity(self, model, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -344,9 +346,9 @@ class FlowGRPOTrainer(FlowTrainer):
         """Means over the evaluation set: `eval_rewards/<name>/mean` and `eval_metrics/<name>/mean`."""
         args, dataset = self.args, eval_dataset or self.eval_dataset
         # Every rank makes as many forwards, or ZeRO-3 would wait for ever; what is sampled twice counts once.
-        share = math.ceil(len(dataset) / args.world_size)
-        mine = [(args.process_index + k * args.world_size) % len(dataset) for k in range(share)]
-        counts = [args.process_index + k * args.world_size < len(dataset) for k in range(share)]
+        world, rank = args.data_world_size, args.data_rank
+        places = [rank + k * world for k in range(math.ceil(len(dataset) / world))]
+        mine, counts = [place % len(dataset) for place in places], [place < len(dataset) for place in places]
         videos = self.sample(dataset, mine)
         samples = [dataset[index] for index in mine]
         columns = reward_columns(samples)

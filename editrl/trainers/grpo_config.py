@@ -27,7 +27,7 @@ class FlowGRPOConfig(FlowConfig):
     stochastic steps (grpo, grpo_guard, dppo), or `timesteps_per_sample` (nft, awm, rwr). The pairs of a generation
     batch are cut into `steps_per_generation` micro-batches of `per_device_train_batch_size` on each process;
     `gradient_accumulation_steps` of them make one update. Equal to `steps_per_generation`, it means one on-policy
-    update a rollout.
+    update a rollout. The `context_parallel` processes that share clips count as one.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
@@ -192,6 +192,11 @@ class FlowGRPOConfig(FlowConfig):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"{name} must be above 0, got {value}")
         require(self.num_generations >= 2, "num_generations must be at least 2: a group of one has no advantage")
+        require(
+            not self.log_step_grad_norm or self.context_parallel == 1,
+            f"log_step_grad_norm needs the gradient of a micro-batch, of which each of the {self.context_parallel} "
+            "context_parallel processes has a share only; drop it",
+        )
         self._check_loss()
         if self.epsilon is None:
             self.epsilon = DEFAULT_EPSILON.get(self.loss_type)
@@ -246,7 +251,9 @@ class FlowGRPOConfig(FlowConfig):
     def _set_batch_sizes(self) -> None:
         require, pairs_per_clip = self.require, self.pairs_per_clip
         what = "sde_window_size" if self.on_window else "timesteps_per_sample"
-        device_batch = self.per_device_train_batch_size * self.world_size
+        device_batch = self.per_device_train_batch_size * self.data_world_size
+        processes = "processes" + (f" / context_parallel {self.context_parallel}" if self.context_parallel > 1 else "")
+        each = f"each of the {self.data_world_size} {processes}"
         selected = self.num_selected_generations
         require(
             selected is None or (2 <= selected < self.num_generations and selected % 2 == 0),
@@ -262,7 +269,7 @@ class FlowGRPOConfig(FlowConfig):
             pairs = device_batch * self.steps_per_generation
             require(
                 pairs % (pairs_per_clip * (selected or 1)) == 0,
-                f"per_device_train_batch_size * processes * steps_per_generation = {pairs} must be a multiple of "
+                f"per_device_train_batch_size * {processes} * steps_per_generation = {pairs} must be a multiple of "
                 f"{what} {pairs_per_clip}" + (f" * num_selected_generations {selected}" if selected else ""),
             )
             self.generation_batch_size = pairs // pairs_per_clip
@@ -275,20 +282,20 @@ class FlowGRPOConfig(FlowConfig):
         )
         if selected:
             require(
-                self.groups_per_generation % self.world_size == 0,
-                f"num_selected_generations needs whole groups on each of the {self.world_size} processes: "
+                self.groups_per_generation % self.data_world_size == 0,
+                f"num_selected_generations needs whole groups on {each}: "
                 f"generation_batch_size / num_generations is {self.groups_per_generation}",
             )
         if self.same_init_noise and self.shared_prefix:
             require(
-                self.groups_per_generation % self.world_size == 0,
-                f"shared_prefix needs whole groups on each of the {self.world_size} processes, but "
+                self.groups_per_generation % self.data_world_size == 0,
+                f"shared_prefix needs whole groups on {each}, but "
                 f"generation_batch_size / num_generations is {self.groups_per_generation}; set shared_prefix to false",
             )
         trained = "the selected clips of a rollout, " if selected else "generation_batch_size "
         require(
             self.trained_clips % device_batch == 0,
-            f"{trained}{self.trained_clips} must be a multiple of per_device_train_batch_size * processes = "
+            f"{trained}{self.trained_clips} must be a multiple of per_device_train_batch_size * {processes} = "
             f"{device_batch}: a micro-batch replays exactly one batch of the rollout",
         )
         self.steps_per_generation = self.trained_clips * pairs_per_clip // device_batch

@@ -37,7 +37,7 @@ class NoisedBatch:
 
 def noised_batches(trainer: FlowGRPOTrainer, chunks: Sequence[Chunk]) -> list[NoisedBatch]:
     """The micro-batches of a rollout."""
-    compared = trainer.accelerator.gather(torch.cat([chunk.advantages for chunk in chunks]))
+    compared = trainer.gather_clips(torch.cat([chunk.advantages for chunk in chunks]))
     draws = range(trainer.args.timesteps_per_sample)
     return [noised_batch(trainer, chunk, draw, compared) for chunk in chunks for draw in draws]
 

@@ -80,7 +80,7 @@ class FlowSFTTrainer(FlowTrainer):
     def frozen_modules(self) -> Iterable[nn.Module]:
         return self.policy.frozen_modules() if self.cache is None else ()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+    def micro_batch_loss(self, model, inputs) -> Tensor:
         return self._batch_loss(model, inputs, self.train_dataset, self.state.global_step).mean()
 
     def _batch_loss(
@@ -154,7 +154,7 @@ class FlowSFTTrainer(FlowTrainer):
         size = self.args.per_device_eval_batch_size
         self.model_wrapped.eval()
         # Every rank makes as many forwards, or ZeRO-3 would wait for ever; what is judged twice counts once.
-        world, rank = self.args.world_size, self.args.process_index
+        world, rank = self.args.data_world_size, self.args.data_rank
         places = [rank + k * world for k in range(math.ceil(len(numbered) / world))]
         mine, counts = [place % len(numbered) for place in places], [place < len(numbered) for place in places]
         losses = []

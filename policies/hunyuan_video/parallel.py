@@ -55,13 +55,19 @@ def enable_context_parallel(transformer: nn.Module, degree: int) -> None:
     """
     if degree == 1:
         return
-    model = transformer.get_base_model() if isinstance(transformer, PeftModel) else transformer
+    model = _base_model(transformer)
     _check_processes(degree)
     _check_model(model, degree)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=_mesh(degree)), cp_plan=PLAN)
     for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
         block.attn.register_forward_pre_hook(_mask_in_rank_order, with_kwargs=True)
     model.__deepcopy__ = _refuse_copy
+
+
+def context_parallel_degree(transformer: nn.Module) -> int:
+    """How many processes share a clip in this transformer, or in the one that a PEFT model wraps."""
+    config = _base_model(transformer)._parallel_config
+    return 1 if config is None else config.context_parallel_config.ulysses_degree
 
 
 def trim_text(tokens: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -121,6 +127,10 @@ def check_tokens(
             f"{text_length} text tokens cannot be shared by {degree} context-parallel processes, "
             f"{text_length % degree} are left over; bring them to a multiple with trim_text(tokens, mask, {degree})"
         )
+
+
+def _base_model(transformer: nn.Module) -> HunyuanVideoTransformer3DModel:
+    return transformer.get_base_model() if isinstance(transformer, PeftModel) else transformer
 
 
 def _mask_in_rank_order(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -175,6 +175,14 @@ class EditPipeline(DiffusionPipeline, HunyuanVideoLoraLoaderMixin):
             "pipe.transformer.enable_group_offload(...)"
         )
 
+    def enable_context_parallel(self, degree: int) -> None:
+        """Share each clip among `degree` neighbouring processes: see `HunyuanVideoPolicy.enable_context_parallel`.
+
+        With `torch.distributed` initialised, on every process, after a LoRA is loaded. Then the processes of a group
+        call the pipeline with the same arguments, generators of the same seed included, and get the same clip.
+        """
+        self.policy.enable_context_parallel(degree)
+
     # Editing.
 
     @property

@@ -18,7 +18,12 @@ from editrl.data import EditExample
 from editrl.data.video import fit, to_uint8
 from editrl.errors import EditrlError
 from editrl.policies.hunyuan_video.instructor import Instructor
-from editrl.policies.hunyuan_video.parallel import check_tokens, enable_context_parallel, trim_text
+from editrl.policies.hunyuan_video.parallel import (
+    check_tokens,
+    context_parallel_degree,
+    enable_context_parallel,
+    trim_text,
+)
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.policy import Conditions, FlowPolicy
 from editrl.registry import register_policy
@@ -79,7 +84,6 @@ class HunyuanVideoPolicy(FlowPolicy):
         self.reference_position, self.reference_noise = reference_position, reference_noise
         self.flow_shift = flow_shift
         self.instructor_settings = instructor_settings or {}
-        self.context_parallel = 1
         self.frame_multiple = vae.temporal_compression_ratio
         self.size_multiple = vae.spatial_compression_ratio * transformer.config.patch_size
         self._check_parts()
@@ -240,30 +244,38 @@ class HunyuanVideoPolicy(FlowPolicy):
         velocity = self._velocity(transformer, joined(latents, conditions.reference_noise), sigma, longer, 1)
         return velocity[:, :, :-1] if self.reference_position == "last" else velocity[:, :, 1:]
 
+    @property
+    def context_parallel(self) -> int:
+        return context_parallel_degree(self.transformer)
+
     def enable_context_parallel(self, degree: int) -> None:
         """Share the tokens of each clip among `degree` neighbouring processes (Ulysses): see `parallel`.
 
-        After LoRA is attached and before DDP or DeepSpeed wrap the transformer. All processes of a group must be given
-        the same latents, sigma and conditions. Each then holds its tokens' share of every gradient: the sum over the
-        group is the gradient, so where gradients are averaged, multiply the loss by `degree`.
+        After LoRA is attached and before DDP or DeepSpeed wrap the transformer. The trainers and `editrl edit` do it
+        where `context_parallel` says so, and see to the two duties that come with it. All processes of a group must be
+        given the same latents, sigma and conditions. Each then holds its tokens' share of every gradient: the sum over
+        the group is the gradient, so where gradients are averaged, multiply the loss by `degree`.
+
+        Raises:
+            EditrlError: the processes or the attention heads do not divide by `degree`, there is no process group, or
+                the transformer is parallel already. At the first velocity: the tokens of a clip do not divide.
         """
         enable_context_parallel(self.transformer, degree)
-        self.context_parallel = degree
 
     def _velocity(
         self, transformer: nn.Module, latents: Tensor, sigma: Tensor, conditions: Conditions, extra_frames: int = 0
     ) -> Tensor:
         dtype = self.transformer.dtype
         tokens, mask = conditions.instructor_tokens, conditions.tensors.get("instructor_mask")
-        if self.context_parallel > 1:
+        if (degree := self.context_parallel) > 1:
             if mask is not None:
-                tokens, mask = trim_text(tokens, mask, self.context_parallel)
+                tokens, mask = trim_text(tokens, mask, degree)
             config = self.transformer.config
             check_tokens(
                 latents.shape,
                 (config.patch_size_t, config.patch_size, config.patch_size),
                 tokens.shape[1],
-                self.context_parallel,
+                degree,
                 frame_multiple=self.frame_multiple,
                 size_multiple=self.size_multiple,
                 extra_frames=extra_frames,
