@@ -23,6 +23,7 @@ from editrl.cache import ConditionsCache
 from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
+from editrl.trainers import zero, zero_checkpoint
 from editrl.trainers.config import FlowConfig
 
 COMPLETE = "complete"
@@ -64,6 +65,13 @@ class FlowTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
+        if args.deepspeed and not self.is_deepspeed_enabled:
+            raise EditrlError(
+                "use_cpu turns DeepSpeed off; drop use_cpu (without a GPU it runs on the CPU), or deepspeed"
+            )
+        if is_deepspeed_zero3_enabled():
+            zero.require_whole(self.frozen_modules())
+            zero.mark_leaf_blocks(self.model)
         for module in self.frozen_modules():
             module.to(args.device)
         self.model_accepts_loss_kwargs = False  # losses are means over a micro-batch
@@ -226,6 +234,8 @@ class FlowTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.is_deepspeed_enabled and zero_checkpoint.is_universal(self):
+            zero_checkpoint.restore_groups(self, checkpoint)
         for name, average in self.averages.items():
             file = Path(checkpoint) / f"{name}.pt"
             if not file.exists():
@@ -242,6 +252,8 @@ class FlowTrainer(Trainer):
                 f"'{resume_from_checkpoint}' is no complete checkpoint (it has no file '{COMPLETE}'); "
                 "resume from an earlier one"
             )
+        if resume_from_checkpoint:
+            zero_checkpoint.prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, **kwargs)
 
 

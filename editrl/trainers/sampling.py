@@ -71,7 +71,7 @@ def sample_groups(
         trajectories.append(
             rollout(
                 trainer.policy,
-                trainer.model_wrapped,
+                trainer.sampler.model,
                 conditions[part],
                 initial_noise=state,
                 step_noise=step_noise,
@@ -95,7 +95,7 @@ def shared_states(
         noise = sample_noise(shape, trainer.args.seed, distinct[part], [0] * len(distinct[part]), INITIAL)
         states.extend(
             rollout(
-                trainer.policy, trainer.model_wrapped, conditions[part], initial_noise=noise, stop=stop, **settings
+                trainer.policy, trainer.sampler.model, conditions[part], initial_noise=noise, stop=stop, **settings
             ).clean
         )
     return dict(zip(distinct, states, strict=True))
