@@ -187,8 +187,10 @@ class FlowTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir) / "transformer"
             model.save_config(folder)
+            state_dict = state_dict or model.state_dict()
+            # Under ZeRO-3 on a CPU a weight may be a part of a longer buffer, which safetensors does not take.
             save_torch_state_dict(
-                state_dict or model.state_dict(),
+                {name: value if _is_whole(value) else value.clone() for name, value in state_dict.items()},
                 folder,
                 filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
             )
@@ -255,6 +257,11 @@ class FlowTrainer(Trainer):
         if resume_from_checkpoint:
             zero_checkpoint.prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, **kwargs)
+
+
+def _is_whole(value: Tensor) -> bool:
+    """Whether a tensor has its memory to itself."""
+    return value.untyped_storage().nbytes() == value.nbytes
 
 
 def newest_checkpoint(output_dir: str | os.PathLike) -> str:
