@@ -4,10 +4,12 @@ A command is an entry point of the group `editrl.commands`, ours or any installe
 `main(argv: list[str]) -> int | None` whose first docstring line is what `editrl --help` prints (read, not imported).
 """
 
+import os
 import sys
 import traceback
 from importlib.metadata import entry_points
 
+from editrl.cli import processes
 from editrl.errors import EditrlError
 from editrl.registry import Registry, describe
 
@@ -22,14 +24,23 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    # The deepspeed launcher puts --local_rank=N first; it sets LOCAL_RANK as well, which is what counts.
+    words = [word for word in argv if word != "--debug" and not word.startswith("--local_rank=")]
+    started_here = processes.REPORTS in os.environ
     try:
-        return _run([word for word in argv if word != "--debug"])
+        if words and not started_here and processes.wanted(words):
+            return processes.launch(words, debug)
+        code = _run(words)
+        return processes.report(code) if started_here else code
     except (EditrlError, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         interrupted = isinstance(error, KeyboardInterrupt)
-        print("editrl:", "interrupted" if interrupted else " ".join(str(error).split()), file=sys.stderr)
-        return 130 if interrupted else 2
+        code, message = (130, "interrupted") if interrupted else (2, " ".join(str(error).split()))
+        if started_here:
+            return processes.report(code, message)
+        print("editrl:", message, file=sys.stderr)
+        return code
 
 
 def _run(argv: list[str]) -> int:

@@ -64,7 +64,8 @@ class _ConfigParser(OneLineErrors, TrlParser):
             types,
             prog=f"editrl {command}",
             usage=f"editrl {command} [--config RECIPE] [--FIELD VALUE ...]",
-            description="A field can stand in the recipe (YAML) or on the command line, which wins.",
+            description="A field can stand in the recipe (YAML) or on the command line, which wins. --num_processes N "
+            "(or auto, as many as GPUs) runs the command in N processes.",
             allow_abbrev=False,
         )
         hints = _field_hints(types)

@@ -124,7 +124,7 @@ def edit(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from editrl.cli.launch import make_folder, quiet_libraries
-    from editrl.cli.processes import Processes
+    from editrl.cli.process_groups import Processes
     from editrl.editing import edited_frames
 
     quiet_libraries()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from editrl.cli.edit import edit_example, find_device, find_policy, load_editor, load_row, write_edit
 from editrl.cli.launch import make_folder, quiet_libraries
-from editrl.cli.processes import Processes
+from editrl.cli.process_groups import Processes
 from editrl.data import EditDataset, atomic_path
 from editrl.data.video import is_image
 from editrl.errors import EditrlError

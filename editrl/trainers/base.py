@@ -24,6 +24,7 @@ from editrl.cache import ConditionsCache
 from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
+from editrl.trainers import zero, zero_checkpoint
 from editrl.trainers.config import FlowConfig
 
 COMPLETE = "complete"
@@ -66,6 +67,13 @@ class FlowTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
+        if args.deepspeed and not self.is_deepspeed_enabled:
+            raise EditrlError(
+                "use_cpu turns DeepSpeed off; drop use_cpu (without a GPU it runs on the CPU), or deepspeed"
+            )
+        if is_deepspeed_zero3_enabled():
+            zero.require_whole(self.frozen_modules())
+            zero.mark_leaf_blocks(self.model)
         for module in self.frozen_modules():
             module.to(args.device)
         self.model_accepts_loss_kwargs = False  # losses are means over a micro-batch
@@ -219,8 +227,10 @@ class FlowTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir) / "transformer"
             model.save_config(folder)
+            state_dict = state_dict or model.state_dict()
+            # Under ZeRO-3 on a CPU a weight may be a part of a longer buffer, which safetensors does not take.
             save_torch_state_dict(
-                state_dict or model.state_dict(),
+                {name: value if _is_whole(value) else value.clone() for name, value in state_dict.items()},
                 folder,
                 filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
             )
@@ -266,6 +276,8 @@ class FlowTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.is_deepspeed_enabled and zero_checkpoint.is_universal(self):
+            zero_checkpoint.restore_groups(self, checkpoint)
         for name, average in self.averages.items():
             file = Path(checkpoint) / f"{name}.pt"
             if not file.exists():
@@ -282,6 +294,8 @@ class FlowTrainer(Trainer):
                 f"'{resume_from_checkpoint}' is no complete checkpoint (it has no file '{COMPLETE}'); "
                 "resume from an earlier one"
             )
+        if resume_from_checkpoint:
+            zero_checkpoint.prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, **kwargs)
 
 
@@ -294,6 +308,11 @@ def share_clips(policy: FlowPolicy, degree: int) -> None:
         )
     if policy.context_parallel != degree:
         policy.enable_context_parallel(degree)
+
+
+def _is_whole(value: Tensor) -> bool:
+    """Whether a tensor has its memory to itself."""
+    return value.untyped_storage().nbytes() == value.nbytes
 
 
 def newest_checkpoint(output_dir: str | os.PathLike) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
 from editrl.errors import EditrlError, did_you_mean
+from editrl.trainers import zero
 
 
 @dataclass
@@ -50,9 +52,19 @@ class FlowConfig(TrainingArguments):
         default=False, metadata={"help": "Hide non-finite losses. Off: a non-finite loss stops the run."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards may ask for any column."})
+    deepspeed: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "DeepSpeed: zero1, zero2, zero3 or zero3_offload (packaged), the path of a JSON file, or a dict."
+        },
+    )
 
     def __post_init__(self):
+        self.deepspeed = zero.read_config(self.deepspeed)
+        if self.deepspeed and not self.use_cpu:
+            zero.stand_alone()
         super().__post_init__()
+        zero.require_one_group(self.world_size)
         for option in fields(self):
             value, choices = getattr(self, option.name), option.metadata.get("choices")
             if isinstance(choices, list) and value is not None and value not in choices:

@@ -23,6 +23,7 @@ from editrl.flow import PolicyLoss, get_kernel, group_advantages, sigma_schedule
 from editrl.policy import Conditions, FlowPolicy
 from editrl.reward import RewardSet, reward_columns
 from editrl.rollout import edit_examples
+from editrl.trainers import zero
 from editrl.trainers.base import FlowTrainer
 from editrl.trainers.chunk import Chunk, best_and_worst, select
 from editrl.trainers.groups import GroupSchedule
@@ -92,6 +93,7 @@ class FlowGRPOTrainer(FlowTrainer):
             raise EditrlError("log_step_grad_norm needs the gradients, which DeepSpeed keeps to itself; drop it")
         self._micro_batches: list[MicroBatch] = []
         self._micro_step = 0
+        self.sampler = zero.Sampler(self, args.ds3_gather_for_rollout)
         if args.watchdog != "off":
             callbacks = [*(callbacks or []), Watchdog(args.watchdog)]
         super().__init__(policy, args, train_dataset, eval_dataset, peft_config, callbacks)
@@ -185,7 +187,7 @@ class FlowGRPOTrainer(FlowTrainer):
             window = stochastic_steps(args, groups[0] // args.groups_per_generation)
             size = min(args.per_device_train_batch_size, len(groups))
             self.model_wrapped.eval()
-            with self.averaged_weights("old_policy"):
+            with self.averaged_weights("old_policy"), self.sampler.gathered():
                 trajectories = sample_groups(self, conditions, groups, members, window, size)
         with self.timed("decode"):
             videos = [video for part in trajectories for video in self.policy.decode(part.clean).float()]
@@ -330,10 +332,10 @@ class FlowGRPOTrainer(FlowTrainer):
         example; clips [F,3,H,W]."""
         args = self.args
         self.model_wrapped.eval()
-        with self.averaged_weights():
+        with self.averaged_weights(), self.sampler.gathered():
             return edit_examples(
                 self.encoder(dataset),
-                self.model_wrapped,
+                self.sampler.model,
                 [dataset[index] for index in indices],
                 num_inference_steps=args.eval_num_inference_steps,
                 shift=args.eval_shift or args.shift,

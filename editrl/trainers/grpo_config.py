@@ -84,6 +84,13 @@ class FlowGRPOConfig(FlowConfig):
         metadata={"help": "With same_init_noise, compute the steps before the window once a group, not once a clip."},
     )
 
+    ds3_gather_for_rollout: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Under ZeRO-3, gather the weights once a rollout and not in every forward. Default: where they fit."
+        },
+    )
+
     loss_type: str = field(
         default="grpo",
         metadata={

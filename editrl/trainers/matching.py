@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,7 +40,14 @@ def noised_batches(trainer: FlowGRPOTrainer, chunks: Sequence[Chunk]) -> list[No
     """The micro-batches of a rollout."""
     compared = trainer.gather_clips(torch.cat([chunk.advantages for chunk in chunks]))
     draws = range(trainer.args.timesteps_per_sample)
-    return [noised_batch(trainer, chunk, draw, compared) for chunk in chunks for draw in draws]
+    with trainer.sampler.gathered() if needs_old_velocity(trainer) else contextlib.nullcontext():
+        return [noised_batch(trainer, chunk, draw, compared) for chunk in chunks for draw in draws]
+
+
+def needs_old_velocity(trainer: FlowGRPOTrainer) -> bool:
+    """Whether the velocity of the policy that sampled has to be computed before the first update."""
+    args = trainer.args
+    return args.loss_type != "rwr" and ("old_policy" in trainer.averages or args.updates_per_generation > 1)
 
 
 @torch.no_grad()
@@ -51,9 +59,9 @@ def noised_batch(trainer: FlowGRPOTrainer, chunk: Chunk, draw: int, compared: Te
     normal = torch.cat([counter_noise((1,), args.seed, *clip, DRAW + draw, 0) for clip in clips])
     sigma = training_sigmas(normal, args.timestep_sampling, args.shift).to(clean.device)
     old_velocity = None
-    if args.loss_type != "rwr" and ("old_policy" in trainer.averages or args.updates_per_generation > 1):
+    if needs_old_velocity(trainer):
         latents = add_noise(clean, noise, sigma)
-        old_velocity = trainer.policy.velocity(trainer.model_wrapped, latents, sigma, chunk.conditions)
+        old_velocity = trainer.policy.velocity(trainer.sampler.model, latents, sigma, chunk.conditions)
     return NoisedBatch(clean, noise, sigma, old_velocity, chunk.advantages, compared, chunk.conditions)
 
 

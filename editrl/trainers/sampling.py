@@ -71,7 +71,7 @@ def sample_groups(
         trajectories.append(
             rollout(
                 trainer.policy,
-                trainer.model_wrapped,
+                trainer.sampler.model,
                 trainer.policy.compact(conditions[part]),
                 initial_noise=state,
                 step_noise=step_noise,
@@ -95,6 +95,6 @@ def shared_states(
         noise = sample_noise(shape, trainer.args.seed, distinct[part], [0] * len(distinct[part]), INITIAL)
         shared = trainer.policy.compact(conditions[part])
         states.extend(
-            rollout(trainer.policy, trainer.model_wrapped, shared, initial_noise=noise, stop=stop, **settings).clean
+            rollout(trainer.policy, trainer.sampler.model, shared, initial_noise=noise, stop=stop, **settings).clean
         )
     return dict(zip(distinct, states, strict=True))
