@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +87,8 @@ def rollout(
     stop: int | None = None,
     unconditional: Conditions | None = None,
     true_cfg_scale: float = 1.0,
+    around_ode: Callable[[], AbstractContextManager] = nullcontext,
+    around_window: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Trajectory:
     """Integrate sigma 1 -> 0 for B samples: the ODE outside the window, the stochastic kernel inside it.
 
@@ -102,6 +105,8 @@ def rollout(
             window can so be computed once.
         unconditional, true_cfg_scale: conditions of the empty instruction u; with them the velocity is
             v_u + true_cfg_scale * (v - v_u).
+        around_ode, around_window: make the context in which the forwards of deterministic and of stochastic steps run,
+            such as one in which adapters are merged, or the one of training.
 
     The state is float32 throughout, so what is stored is exactly what was scored.
     """
@@ -111,10 +116,11 @@ def rollout(
     history = None
     for step in range(start, len(sigmas) - 1 if stop is None else stop):
         sigma, sigma_next = sigmas[step], sigmas[step + 1]  # on the CPU: the kernels read their values
-        velocity = policy.velocity(transformer, latents, sigma, conditions)
-        if unconditional is not None:
-            away = policy.velocity(transformer, latents, sigma, unconditional)
-            velocity = away + true_cfg_scale * (velocity - away)
+        with around_window() if step in window else around_ode():
+            velocity = policy.velocity(transformer, latents, sigma, conditions).detach()
+            if unconditional is not None:
+                away = policy.velocity(transformer, latents, sigma, unconditional).detach()
+                velocity = away + true_cfg_scale * (velocity - away)
         if step in window:
             noise = step_noise(step).to(latents.device)
             transition = kernel.step(latents, velocity, sigma, sigma_next, noise=noise)

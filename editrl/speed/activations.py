@@ -121,7 +121,7 @@ def plan_levels(blocks: Sequence[nn.Module], inputs: Sequence, budget: int) -> d
     left = budget - max(size["working"] for size in sizes.values())
     left -= sum(sizes[type(block)]["none"] for block in blocks)
     levels = dict.fromkeys(blocks, "none")
-    for lower, higher in zip(list(LEVELS), list(LEVELS)[1:]):
+    for lower, higher in zip(list(LEVELS), list(LEVELS)[1:], strict=False):
         for block in blocks:
             more = sizes[type(block)][higher] - sizes[type(block)][lower]
             if more > left:

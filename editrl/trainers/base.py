@@ -24,6 +24,7 @@ from editrl.cache import ConditionsCache
 from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
+from editrl.speed import prepare_transformer, quantize_blocks, repeated_blocks
 from editrl.trainers import zero, zero_checkpoint
 from editrl.trainers.config import FlowConfig
 
@@ -52,12 +53,24 @@ class FlowTrainer(Trainer):
                 raise EditrlError("the transformer has an adapter already; drop peft_config, or merge_and_unload() it")
         else:
             policy.transformer.requires_grad_(peft_config is None)
-        if args.gradient_checkpointing:
-            policy.transformer.enable_gradient_checkpointing()
-            # Under its old name and its new one: transformers would call a method that diffusers' models do not have.
-            args.gradient_checkpointing = args.activation_checkpointing = False
+        if args.fp8_base:
+            quantize_blocks(repeated_blocks(policy.transformer))
         if peft_config is not None:
             policy.transformer = get_peft_model(policy.transformer, peft_config)
+        if args.compile_blocks and is_deepspeed_zero3_enabled():
+            raise EditrlError(
+                "compile_blocks does not work with ZeRO-3, which swaps the weights; use ZeRO-2, or drop it"
+            )
+        memory = args.activation_memory
+        prepare_transformer(
+            policy.transformer,
+            compiled=args.compile_blocks,
+            checkpointed=args.gradient_checkpointing,
+            activation_memory=memory if memory in (None, "auto") else float(memory),
+            attention_backend=args.attention_backend,
+        )
+        # Under its old name and its new one: transformers would call a method that diffusers' models do not have.
+        args.gradient_checkpointing = args.activation_checkpointing = False
         share_clips(policy, args.context_parallel)
         super().__init__(
             model=policy.transformer,

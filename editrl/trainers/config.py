@@ -34,6 +34,27 @@ class FlowConfig(TrainingArguments):
             "(1 + n) / (10 + n) over the updates n."
         },
     )
+    compile_blocks: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the transformer's blocks, one graph for all of a class. The window of a rollout then runs "
+            "through the graph that training uses, so that the ratio starts at 1."
+        },
+    )
+    activation_memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that the blocks' activations may take in training, or auto: what the GPU has left. The rest "
+            "is computed again in the backward pass. In place of gradient_checkpointing, which keeps nothing."
+        },
+    )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Attention backend of diffusers, such as _native_cudnn. Default: PyTorch's."}
+    )
+    fp8_base: bool = field(
+        default=False,
+        metadata={"help": "Round the frozen weights under LoRA to FP8, for sampling and training alike (H100 and up)."},
+    )
     conditions_cache: str | None = field(
         default=None,
         metadata={
@@ -88,6 +109,7 @@ class FlowConfig(TrainingArguments):
             f"conditions_cache: there is no folder '{self.conditions_cache}'; fill it with `editrl precompute --config "
             f"RECIPE --conditions_cache {self.conditions_cache}`",
         )
+        self._check_speed()
         self.require(0 < self.shift < math.inf, f"shift must be a finite number above 0, got {self.shift}")
         for name, decay in self.average_decays.items():
             self.require(decay is None or 0 <= decay < 1, f"{name}_decay must be in [0, 1), got {decay}")
@@ -120,6 +142,22 @@ class FlowConfig(TrainingArguments):
     def average_decays(self) -> dict[str, float | None]:
         """Moving averages of the trained weights that a trainer keeps: name -> decay, None where there is none."""
         return {"ema": self.ema_decay}
+
+    def _check_speed(self) -> None:
+        memory = self.activation_memory
+        if memory not in (None, "auto"):
+            try:
+                fits = 0 < float(memory) < math.inf
+            except ValueError:
+                fits = False
+            self.require(fits, f"activation_memory is {memory!r}; give GiB, or auto")
+        self.require(
+            memory is None or not self.gradient_checkpointing,
+            "activation_memory says what is computed again: drop gradient_checkpointing",
+        )
+        self.require(
+            not self.torch_compile, "torch_compile compiles the whole model; use compile_blocks, which fits the rollout"
+        )
 
     def require(self, condition: bool, message: str) -> None:
         """Raise `EditrlError(message)` unless `condition`."""

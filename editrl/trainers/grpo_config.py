@@ -91,6 +91,14 @@ class FlowGRPOConfig(FlowConfig):
         },
     )
 
+    merge_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "Merge LoRA into a second copy of its weights for the deterministic steps of a rollout: faster, "
+            "for the memory of that copy while sampling."
+        },
+    )
+
     loss_type: str = field(
         default="grpo",
         metadata={
@@ -205,6 +213,9 @@ class FlowGRPOConfig(FlowConfig):
             "context_parallel processes has a share only; drop it",
         )
         self._check_loss()
+        require(
+            not (self.merge_adapter and self.fp8_base), "FP8 weights take no adapter: drop merge_adapter or fp8_base"
+        )
         if self.epsilon is None:
             self.epsilon = DEFAULT_EPSILON.get(self.loss_type)
         if self.timestep_weighting is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from editrl.policy import Conditions
 from editrl.rollout import INITIAL, Trajectory, rollout, sample_noise
+from editrl.speed import MergedAdapter
 from editrl.trainers.grpo_config import FlowGRPOConfig
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ def sample_groups(
         "kernel": trainer.kernel,
         "window": window,
         "ode_solver": args.ode_solver,
-    }
+    } | contexts(trainer)
     starts = [0] * len(members) if args.same_init_noise else members
     first = window.start if args.same_init_noise and args.shared_prefix else 0
     prefix = shared_states(trainer, conditions, groups, first, size, settings) if first else None
+    # Not through DDP, which takes every forward with gradient for one of training.
+    model = trainer.accelerator.unwrap_model(trainer.sampler.model) if args.compile_blocks else trainer.sampler.model
     trajectories = []
     for begin in range(0, len(groups), size):
         part = slice(begin, begin + size)
@@ -71,7 +74,7 @@ def sample_groups(
         trajectories.append(
             rollout(
                 trainer.policy,
-                trainer.sampler.model,
+                model,
                 trainer.policy.compact(conditions[part]),
                 initial_noise=state,
                 step_noise=step_noise,
@@ -80,6 +83,21 @@ def sample_groups(
             )
         )
     return trajectories
+
+
+def contexts(trainer: FlowGRPOTrainer) -> dict[str, Callable]:
+    """How a rollout runs its forwards.
+
+    Deterministic steps are not scored, so they may be rounded otherwise: with merged adapters. Compiled, a forward with
+    gradient and one without are two graphs that round differently, and the ratio would not start at 1: the stochastic
+    steps, which are replayed, take the one with gradient.
+    """
+    found = {}
+    if trainer.args.merge_adapter:
+        found["around_ode"] = MergedAdapter(trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.args.compile_blocks:
+        found["around_window"] = torch.enable_grad
+    return found
 
 
 def shared_states(

@@ -55,6 +55,8 @@ class HunyuanVideoPolicy(FlowPolicy):
             and update) or "zeros". The slot is no part of the result.
     """
 
+    transformer_class = HunyuanVideoEditTransformer3DModel
+
     def __init__(
         self,
         transformer: HunyuanVideoEditTransformer3DModel,
