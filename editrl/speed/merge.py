@@ -54,7 +54,8 @@ def merged_weight(layer: LoraLayer) -> Tensor:
     """W + sum of s·B·A over the active adapters, in W's dtype."""
     weight = layer.get_base_layer().weight
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-    return (weight.float() + sum(layer.get_delta_weight(name).float() for name in adapters)).to(weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + sum(layer.get_delta_weight(name).to(wide) for name in adapters)).to(weight.dtype)
 
 
 def merged_bytes(model: nn.Module) -> int:

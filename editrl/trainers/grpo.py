@@ -85,6 +85,8 @@ class FlowGRPOTrainer(FlowTrainer):
             generations = math.ceil(args.num_train_epochs * len(train_dataset) / args.groups_per_generation)
             args.max_steps = generations * args.updates_per_generation
         adapted = peft_config is not None or isinstance(policy.transformer, PeftModel)
+        if args.merge_adapter and not adapted:
+            raise EditrlError("merge_adapter needs LoRA; set use_peft (in Python: give peft_config), or drop it")
         if args.beta and not adapted and args.deepspeed:
             raise EditrlError("beta without LoRA needs a second whole model, which DeepSpeed does not hold; use LoRA")
         if args.beta and not adapted and args.context_parallel > 1:

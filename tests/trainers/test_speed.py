@@ -1,0 +1,93 @@
+"""The switches for speed and memory, through whole runs: what is trained stays what it was."""
+
+import pytest
+import torch
+
+from editrl.errors import EditrlError
+from editrl.policies.hunyuan_video.policy import HunyuanVideoPolicy
+from editrl.recipes.shapes import WEIGHTS
+from editrl.trainers import FlowGRPOConfig
+
+
+def brightness(videos, **kwargs):
+    return [video.mean().item() for video in videos]
+
+
+@pytest.fixture
+def bfloat16_policy() -> HunyuanVideoPolicy:
+    return HunyuanVideoPolicy.from_pretrained(str(WEIGHTS / "sft"), dtype="bfloat16")
+
+
+def test_kept_activations_change_nothing(grpo, sft, weights):
+    """1 GiB is plenty for a tiny editor, 1e-9 is nothing."""
+    for make in (lambda **changes: grpo([brightness], **changes), sft):
+        plain = make()
+        plain.train()
+        for memory in ("1", "1e-9"):
+            trainer = make(activation_memory=memory)
+            trainer.train()
+            for name, value in weights(plain).items():
+                torch.testing.assert_close(weights(trainer)[name], value, rtol=0, atol=1e-5)
+
+
+def test_merged_adapters_sample_and_are_gone_afterwards(grpo, updates, bfloat16_policy):
+    frozen = {n: p.clone() for n, p in bfloat16_policy.transformer.named_parameters()}
+    trainer = grpo([brightness], policy=bfloat16_policy, bf16=True, merge_adapter=True, max_steps=3)
+    trainer.train()
+    assert [log["ratio/deviation"] for log in updates(trainer)] == [0, 0, 0]
+    base = trainer.model.get_base_model()
+    for name, parameter in base.named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, frozen[name.replace(".base_layer", "")]), name
+
+
+def test_merged_adapters_sample_as_unmerged_ones(grpo):
+    """The first rollout after an update, whose adapters are not zero; float32."""
+    kept = []
+    for merge in (False, True):
+        seen = []
+        trainer = grpo(
+            [lambda videos, seen=seen, **kwargs: seen.append(videos) or brightness(videos)],
+            merge_adapter=merge,
+            learning_rate=1e-2,
+        )
+        trainer.train()
+        kept.append(torch.stack(list(seen[-1])))
+    torch.testing.assert_close(kept[1], kept[0], rtol=0, atol=1e-4)
+
+
+def test_fp8_base_is_one_model_in_sampling_and_training(grpo, updates, bfloat16_policy):
+    trainer = grpo([brightness], policy=bfloat16_policy, bf16=True, fp8_base=True)
+    trainer.train()
+    assert [log["ratio/deviation"] for log in updates(trainer)] == [0, 0]
+    assert updates(trainer)[-1]["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_start_with_a_ratio_of_one(grpo, updates):
+    """The window of the rollout and the update share a graph; without gradient it is another."""
+    trainer = grpo([brightness], compile_blocks=True, activation_memory="1", merge_adapter=True)
+    trainer.train()
+    assert [log["ratio/deviation"] for log in updates(trainer)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_memory": "some"}, "activation_memory is 'some'; give GiB, or auto"),
+        ({"activation_memory": "-1"}, "activation_memory is '-1'; give GiB, or auto"),
+        ({"activation_memory": "8", "gradient_checkpointing": True}, "drop gradient_checkpointing"),
+        ({"torch_compile": True}, "use compile_blocks"),
+        ({"merge_adapter": True, "fp8_base": True}, "drop merge_adapter"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, changes, message):
+    with pytest.raises(EditrlError, match=message):
+        FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **changes)
+
+
+def test_fp8_base_without_lora_is_refused(grpo):
+    with pytest.raises(EditrlError, match="fp8_base is for frozen weights under LoRA"):
+        grpo([brightness], peft=None, fp8_base=True)
+    with pytest.raises(EditrlError, match="merge_adapter needs LoRA"):
+        grpo([brightness], peft=None, merge_adapter=True)
