@@ -34,8 +34,8 @@ LONG = (
     "--set loss_type=nft beta=0.08 timesteps_per_sample=4 lr_scheduler_type=linear ema_decay=0.98"
 )
 # With preservation among what is rewarded, the KL need not stand in for it, and a fifth of it does.
-ALL_OF_THE_ORACLE = (
-    "--reward oracle_all --reward_weights 1 0.5 0.1 --updates 420 --eval_every 60 --learning_rate 1.5e-4 "
+LONGEST = (
+    "--updates 420 --eval_every 60 --learning_rate 1.5e-4 "
     "--set loss_type=nft beta=0.02 timesteps_per_sample=4 lr_scheduler_type=linear ema_decay=0.98"
 )
 
@@ -61,7 +61,8 @@ EXPERIMENTS = {
     }
     | {
         "oracle-nft-long": f"--checkpoint sft --reward oracle {LONG}",
-        "oracle_all-nft-long": f"--checkpoint sft {ALL_OF_THE_ORACLE}",
+        "oracle_all-nft-long": f"--checkpoint sft --reward oracle_all --reward_weights 1 0.5 0.1 {LONGEST}",
+        "random-nft-long": f"--checkpoint sft --reward random {LONGEST}",
     },
     "cpu": {
         f"small-{reward}-{algorithm}": f"{REWARDS[reward]} {settings}"

@@ -162,8 +162,12 @@ def run(options: argparse.Namespace) -> None:
         steps.training(f"compiled, at most {limit} GiB")
     prepare_transformer(steps.model, compiled=True, activation_memory=steps.free())
     steps.training("compiled, activation_memory auto")
-    if not options.fp8:
-        return
+    if options.fp8:
+        fp8_base(steps, reference)
+
+
+def fp8_base(steps: Steps, reference: torch.Tensor) -> None:
+    """The same with FP8 base weights; `reference` is the velocity of the bfloat16 ones."""
     steps.build(fp8=True)
     prepare_transformer(steps.model, compiled=True, activation_memory=steps.free())
     steps.rollout("FP8 base, compiled")

@@ -20,7 +20,7 @@ E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of [N,K] as e4m3 [N,K] and their float32 scales [N,1]: values = e4m3 * scale, up to rounding."""
+    """Rows of a contiguous [N,K] as e4m3 [N,K] and their float32 scales [N,1]: values = e4m3 * scale, up to rounding."""
     scale = values.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return (values.float() / scale).to(torch.float8_e4m3fn), scale
 
@@ -54,7 +54,7 @@ class FP8Linear(nn.Linear):
         nn.Module.__init__(self)  # not `nn.Linear`'s, which would allocate and fill a weight
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         weight, weight_scale = quantized(linear.weight.detach())
-        transposed, transposed_scale = quantized(linear.weight.detach().t())
+        transposed, transposed_scale = quantized(linear.weight.detach().t().contiguous())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("transposed", transposed, persistent=False)

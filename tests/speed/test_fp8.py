@@ -56,6 +56,14 @@ def test_the_gradient_of_the_input_is_that_of_the_rounded_factors():
     torch.testing.assert_close(inputs.grad.double(), expected, rtol=2**-7, atol=2**-7)
 
 
+def test_both_layouts_are_those_that_cublas_takes():
+    """The second factor by columns, so its transpose is contiguous; the CPU would take any layout."""
+    fp8 = FP8Linear(layer())
+    assert fp8.weight.is_contiguous()
+    assert fp8.transposed.is_contiguous()
+    assert fp8.transposed.shape == (64, 48)
+
+
 def test_blocks_are_quantized_but_for_their_modulations(transformer):
     model = transformer(lora=False, dtype=torch.bfloat16).requires_grad_(False)
     count = quantize_blocks(repeated_blocks(model))
