@@ -20,7 +20,7 @@ E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a contiguous [N,K] as e4m3 [N,K] and their float32 scales [N,1]: values = e4m3 * scale, up to rounding."""
+    """Rows of a contiguous [N,K] as e4m3 and their float32 scales [N,1]: values = e4m3 * scale, up to rounding."""
     scale = values.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
     return (values.float() / scale).to(torch.float8_e4m3fn), scale
 
