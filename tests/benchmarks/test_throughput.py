@@ -23,3 +23,16 @@ def test_an_edit_is_measured_part_by_part(tmp_path):
         assert result["parts"][part]["host_anonymous_gib"] > 0
     for name in ("transformer", "vlm", "vae", "text_encoder_2"):
         assert (tmp_path / "editor" / name / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_steps_are_measured_beside_their_baseline(tmp_path):
+    command = [sys.executable, "-m", "editrl.benchmarks.throughput.steps", *TINY[:4], "--repeats", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "steps.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "steps.json").read_text())["figures"]
+    for kind, count in (("rollout", 4), ("training", 3)):
+        ratios = [figure["ratio"] for figure in figures.values() if figure["kind"] == kind]
+        assert len(ratios) == count
+        assert ratios[0] == 1
+        assert all(ratio > 0 for ratio in ratios)
