@@ -27,7 +27,8 @@ gpus=${SLURM_GPUS_ON_NODE:-8}       # of one node; all nodes have as many
 if compgen -G "$output/checkpoint-*/complete" >/dev/null; then
   set -- "$@" --resume_from_checkpoint true
 fi
-EDITRL_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+EDITRL_IP=${nodes[0]}
 EDITRL_PROCESSES=$((SLURM_JOB_NUM_NODES * gpus))
 export EDITRL_IP EDITRL_PROCESSES
 
