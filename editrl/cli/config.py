@@ -77,6 +77,8 @@ class _ConfigParser(OneLineErrors, TrlParser):
                 action.nargs = "*"  # `--metric_funcs` without a value is the empty list
                 if type(None) in _members(hint):
                     action.type = _none_or(action.type)
+            if {bool, type(None)} <= {*_members(hint)}:
+                action.type = _none_or(action.type)
             if action.nargs in (None, "?") and not action.choices:
                 action.metavar = _name(hint)
             if any((get_origin(member) or member) is dict for member in _members(hint)):

@@ -48,6 +48,10 @@ class FlowTrainer(Trainer):
         callbacks=None,
     ):
         self.policy = policy
+        if args.deepspeed and args.use_cpu:
+            raise EditrlError(
+                "use_cpu turns DeepSpeed off; drop use_cpu (without a GPU it runs on the CPU), or deepspeed"
+            )
         if isinstance(policy.transformer, PeftModel):
             if peft_config is not None:
                 raise EditrlError("the transformer has an adapter already; drop peft_config, or merge_and_unload() it")
@@ -80,10 +84,6 @@ class FlowTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
-        if args.deepspeed and not self.is_deepspeed_enabled:
-            raise EditrlError(
-                "use_cpu turns DeepSpeed off; drop use_cpu (without a GPU it runs on the CPU), or deepspeed"
-            )
         if is_deepspeed_zero3_enabled():
             zero.require_whole(self.frozen_modules())
             zero.mark_leaf_blocks(self.model)
@@ -233,6 +233,15 @@ class FlowTrainer(Trainer):
 
     # Checkpoints.
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`, with fewer copies: under ZeRO-1 and ZeRO-2 it would have every process
+        copy the whole model to the host, the frozen part of a LoRA run included."""
+        if self.is_deepspeed_enabled and not zero.is_sharded(self.model_wrapped) and not self.args.push_to_hub:
+            if self.args.should_save:
+                self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
@@ -241,9 +250,9 @@ class FlowTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir) / "transformer"
             model.save_config(folder)
             state_dict = state_dict or model.state_dict()
-            # Under ZeRO-3 on a CPU a weight may be a part of a longer buffer, which safetensors does not take.
+            # DeepSpeed keeps weights as parts of long buffers, which safetensors does not take.
             save_torch_state_dict(
-                {name: value if _is_whole(value) else value.clone() for name, value in state_dict.items()},
+                {name: value if _is_whole(value) else _copy(value) for name, value in state_dict.items()},
                 folder,
                 filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
             )
@@ -326,6 +335,11 @@ def share_clips(policy: FlowPolicy, degree: int) -> None:
 def _is_whole(value: Tensor) -> bool:
     """Whether a tensor has its memory to itself."""
     return value.untyped_storage().nbytes() == value.nbytes
+
+
+def _copy(value: Tensor) -> Tensor:
+    """On the host, with memory of its own."""
+    return torch.empty_like(value, device="cpu").copy_(value)
 
 
 def newest_checkpoint(output_dir: str | os.PathLike) -> str:

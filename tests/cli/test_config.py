@@ -27,6 +27,7 @@ class TrainArguments:
     learning_rate: float = 1e-4
     gradient_checkpointing: bool = True
     seed: int = 42
+    gather: bool | None = None
     loss_type: str = field(default="grpo", metadata={"help": "the objective", "choices": ["grpo", "grpo_guard"]})
 
     def __post_init__(self):
@@ -105,6 +106,8 @@ def test_null_in_a_recipe_and_none_on_the_command_line_are_none(recipe):
     data, _ = parse("--config", path, "--num_frames", "none", "--kernel_params", "none")
     assert (data.reward_weights, data.num_frames, data.kernel_params) == (None, None, None)
     assert parse("--train_data", "a", "--reward_weights", "none")[0].reward_weights is None
+    for word, value in (("none", None), ("true", True), ("no", False)):
+        assert parse("--train_data", "a", "--gather", word)[1].gather is value
     assert "invalid float value: 'much'" in error_of("--train_data", "a", "--reward_weights", "1", "much")
 
 

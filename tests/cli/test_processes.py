@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,9 +90,10 @@ def spy(tmp_path):
         "from editrl import EditrlError\n"
         f"FOLDER = pathlib.Path({str(tmp_path)!r})\n"
         "def seen(videos, **kwargs):\n"
-        "    (FOLDER / f\"rank-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}\").write_text(str(os.getpid()))\n"
+        "    rank, of = os.environ.get('RANK', '0'), os.environ.get('WORLD_SIZE', '1')\n"
+        "    (FOLDER / f'rank-{rank}-of-{of}').write_text(str(os.getpid()))\n"
         "    then = FOLDER / 'then'\n"
-        "    if then.exists() and os.environ.get('RANK') == '1':\n"
+        "    if then.exists() and rank == '1':\n"
         "        exec(then.read_text())\n"
         "    return [video.mean().item() for video in videos]\n"
     )
@@ -120,6 +122,19 @@ def test_processes_train_together(launcher, words, tmp_path):
         "rng_state_1.pth",
     }
     assert done.stdout.count("saved. To use it:") == 1
+
+
+@pytest.mark.slow
+def test_machines_train_together(words, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = ["--main_process_ip", "127.0.0.1", "--main_process_port", free.getsockname()[1]]
+    command = [*EDITRL, *words, *TWO, "--num_machines", "2", *where, "--machine_rank"]
+    first = subprocess.Popen(list(map(str, [*command, 0])), env=environment(), stderr=subprocess.PIPE, text=True)
+    second = run([*command, 1])
+    assert second.returncode == 0, second.stderr
+    assert first.wait(timeout=60) == 0, first.stderr.read()
+    assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
 
 
 @pytest.mark.slow

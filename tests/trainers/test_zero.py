@@ -105,6 +105,7 @@ def program_alone(folder: Path) -> None:
     """One process without a launcher."""
     for stage in (2, 3):
         finish(make(folder / f"alone-zero{stage}", f"zero{stage}", max_steps=2))
+    finish(make(folder / "alone-whole", "zero2", "sft", max_steps=2))
     finish(make(folder / "alone-sft", "zero3", "sft", max_steps=2))
 
 
@@ -165,7 +166,8 @@ def inspect(folder: Path) -> None:
             "parameters": len(parameters),
         }
 
-    seen = {"before": look()}
+    offload = engine.optimizer.parameter_offload
+    seen = {"before": look(), "deepspeed's": len(offload.forward_hooks) + len(offload.backward_hooks) + 1}
     with trainer.sampler.gathered():
         seen |= {"within": look(), "bare": trainer.sampler.model is engine.module}
         with trainer.sampler.gathered():  # evaluation of a callback in the middle of a rollout
@@ -272,8 +274,9 @@ def test_zero_trains_as_one_process_without_it(runs, name):
     assert_close(runs / name, runs / "plain")
 
 
-def test_a_whole_transformer_trains_and_is_exported_under_zero3(runs):
-    assert_close(runs / "pair-sft", runs / "plain-sft")
+def test_a_whole_transformer_trains_and_is_exported(runs):
+    for name in ("pair-sft", "alone-sft", "alone-whole"):
+        assert_close(runs / name, runs / "plain-sft")
     loaded = HunyuanVideoPolicy.from_pretrained(
         str(WEIGHTS / "sft"), transformer=str(runs / "pair-sft" / "transformer")
     )
@@ -312,7 +315,7 @@ def test_old_velocities_with_gathered_weights_are_those_without(runs):
 def test_gathering_takes_the_hooks_away_and_puts_them_back(runs):
     seen = json.loads((runs / "seen.json").read_text())
     assert seen["within"]["whole"] == seen["within"]["parameters"] > seen["before"]["whole"]
-    assert seen["within"]["hooks"] == 0 < seen["before"]["hooks"]
+    assert seen["within"]["hooks"] == seen["before"]["hooks"] - seen["deepspeed's"] < seen["before"]["hooks"] / 10
     assert seen["nested"] == seen["still"] == seen["within"]
     assert seen["after"]["hooks"] == seen["before"]["hooks"]
     assert seen["after"]["whole"] < seen["after"]["parameters"]
