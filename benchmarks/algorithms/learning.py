@@ -78,6 +78,8 @@ class Recorder(TrainerCallback):
         last = next((log for log in reversed(state.log_history) if "loss" in log), {})
         watched = ("grad_norm", "kl", "ratio/deviation", "frac_reward_zero_std")
         point |= {k: v for k, v in last.items() if k in watched or k.startswith("seconds/")}
+        if not state.is_world_process_zero:
+            return
         self.result["evaluations"].append(point)
         print(json.dumps({"run": self.path.stem, **point}), flush=True)
         write_json(self.path, self.result)

@@ -59,7 +59,7 @@ def _add_arguments(parser: CommandParser) -> None:
         "--context_parallel",
         type=number(int, least=1),
         default=1,
-        help="processes of torchrun that share each clip (1), for clips that are slow or too large for one GPU",
+        help="of --num_processes, how many share each clip (1), for clips slow or too large for one GPU",
     )
 
     shape = parser.add_argument_group("length and size")

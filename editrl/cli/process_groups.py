@@ -1,4 +1,4 @@
-"""The processes of a `torchrun`, divided into groups that share each clip."""
+"""The processes of a launcher, divided into groups that share each clip."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Processes:
 
     @classmethod
     def of_torchrun(cls, degree: int) -> Processes:
-        """As `torchrun` says, or one; takes the process' GPU. EditrlError if they form no groups of `degree`."""
+        """As the launcher says, or one; takes the process' GPU. EditrlError if they form no groups of `degree`."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world % degree:
             raise EditrlError(
                 f"--context_parallel {degree} needs a multiple of {degree} processes, here are {world}; start with "
-                f"`torchrun --nproc_per_node {degree} -m editrl edit ...`, or leave it out"
+                f"`editrl edit --num_processes {degree} ...`, or leave it out"
             )
         if world > 1 and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -232,7 +232,7 @@ def test_what_cannot_be_shared_is_refused(folder):
 def test_one_process_shares_nothing(small_edit, tmp_path, capsys):
     assert main(small_edit(tmp_path / "edited.mp4", "--context_parallel", 2)) == 2
     error = capsys.readouterr().err
-    assert "needs a multiple of 2 processes, here are 1; start with `torchrun --nproc_per_node 2" in error
+    assert "needs a multiple of 2 processes, here are 1; start with `editrl edit --num_processes 2" in error
     assert error.count("\n") == 1
 
 
