@@ -158,7 +158,11 @@ class RewardSet:
                         )
 
     def __call__(
-        self, videos: Sequence[torch.Tensor], columns: dict[str, list], group_ids: Sequence[int] | None = None
+        self,
+        videos: Sequence[torch.Tensor],
+        columns: dict[str, list],
+        group_ids: Sequence[int] | None = None,
+        cache: dict | None = None,
     ) -> torch.Tensor:
         """Score N clips with K rewards.
 
@@ -166,6 +170,7 @@ class RewardSet:
             videos: N edited clips, [F,3,H,W] float32 in [0,1].
             columns: name -> N values, as `reward_columns` makes them.
             group_ids: N integers; clips with one id are a group, in any order. Groupwise rewards need them.
+            cache: shared with whoever scores the same clips; None: a new one for each `batch_size` clips.
 
         Returns: float32 CPU tensor [N,K]; NaN where a reward said None (not applicable).
 
@@ -183,11 +188,11 @@ class RewardSet:
         scores = torch.empty(len(videos), len(self.names))
         with self._models_on_device():
             for chunk in _chunks(groups, self.batch_size or max(len(videos), 1)):
-                cache = {}
+                shared = {} if cache is None else cache
                 for k, member in enumerate(self._members):
                     began = time.perf_counter()
                     for part in member.calls(chunk):
-                        scores[part, k] = member.score(columns, part, labels, cache)
+                        scores[part, k] = member.score(columns, part, labels, shared)
                     self.seconds[member.name] += time.perf_counter() - began
         return scores
 
