@@ -177,15 +177,15 @@ def _transformers_parts(key: tuple[str, ...]) -> dict[str, Any]:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     model_id, processor_id, device, dtype = key
-    with _unsharded():
-        model, report = _fetch(CLIPModel, model_id, dtype=DTYPES[dtype], output_loading_info=True)
+    with unsharded():
+        model, report = fetch(CLIPModel, model_id, dtype=DTYPES[dtype], output_loading_info=True)
     if report["missing_keys"]:
         raise EditrlError(
             f"'{model_id}' lacks {len(report['missing_keys'])} weights of a CLIP model (such as "
             f"'{sorted(report['missing_keys'])[0]}'): it is incomplete, or another kind of model."
         )
     model.to(device)
-    tokenizer = _fetch(AutoTokenizer, processor_id)
+    tokenizer = fetch(AutoTokenizer, processor_id)
     if len(tokenizer) < model.config.text_config.vocab_size // 2:
         raise EditrlError(
             f"the tokenizer of '{processor_id}' knows {len(tokenizer)} tokens, the model "
@@ -202,11 +202,11 @@ def _transformers_parts(key: tuple[str, ...]) -> dict[str, Any]:
         "text_features": lambda model, tokens: model.get_text_features(input_ids=tokens).pooler_output,
         "tokenize": tokenize,
         "context_length": model.config.text_config.max_position_embeddings,
-        "preprocess": _processor_preprocess(_fetch(CLIPImageProcessor, processor_id)),
+        "preprocess": _processor_preprocess(fetch(CLIPImageProcessor, processor_id)),
     }
 
 
-def _fetch(kind: Any, name: str, **kwargs) -> Any:
+def fetch(kind: Any, name: str, **kwargs) -> Any:
     try:
         return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
@@ -218,7 +218,7 @@ def _fetch(kind: Any, name: str, **kwargs) -> Any:
 
 
 @contextmanager
-def _unsharded() -> Iterator[None]:
+def unsharded() -> Iterator[None]:
     """While a ZeRO-3 configuration is alive, `from_pretrained` shards what it loads; a frozen scorer stays whole."""
     from transformers.integrations import deepspeed
 
