@@ -96,7 +96,7 @@ class RewardSet:
             raise EditrlError(f"rewards is {rewards!r}: give a list with at least one reward name or callable.")
         if batch_size is not None and batch_size < 1:
             raise EditrlError(f"reward batch_size is {batch_size}: give a positive number, or None for all at once.")
-        self.names = [_name(reward) for reward in rewards]
+        self.names = [reward_name(reward) for reward in rewards]
         self.schedules = _schedules(weights, self.names)
         self.batch_size = batch_size
         self.seconds = dict.fromkeys(self.names, 0.0)
@@ -344,7 +344,7 @@ def _chunks(groups: list[list[int]], size: int) -> Iterator[list[list[int]]]:
         yield chunk
 
 
-def _name(reward: Any) -> str:
+def reward_name(reward: Any) -> str:
     """The registered name, the name behind the colon, or what the object calls itself."""
     if isinstance(reward, str):
         return reward.rpartition(":")[2]

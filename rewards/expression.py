@@ -11,7 +11,7 @@ from torch import Tensor
 
 from editrl.errors import EditrlError, did_you_mean
 from editrl.registry import register_reward
-from editrl.reward import RewardSet
+from editrl.reward import RewardSet, reward_name
 
 Value = float | None
 
@@ -108,8 +108,7 @@ class Expression:
 
 def _single(name: str, rewards: dict, kwargs: dict, options: dict) -> RewardSet:
     spec = rewards.get(name, name)
-    own = spec.rpartition(":")[2] if isinstance(spec, str) else None
-    own = own or getattr(spec, "name", None) or getattr(spec, "__name__", None) or type(spec).__name__
+    own = reward_name(spec)
     given = ({own: source[name]} if name in source else None for source in (kwargs, options))
     return RewardSet([spec], kwargs=next(given), options=next(given))
 
