@@ -357,7 +357,13 @@ def _schedules(weights: Sequence[float | dict | list] | None, names: list[str]) 
         raise EditrlError(
             f"{len(weights)} reward weights for {len(names)} rewards ({', '.join(names)}): give one each."
         )
-    return [read_schedule(weight, name) for name, weight in zip(names, weights, strict=True)]
+    schedules = [read_schedule(weight, name) for name, weight in zip(names, weights, strict=True)]
+    for update in sorted({update for schedule in schedules for update, _ in schedule.points}):
+        if not all(schedule.constant for schedule in schedules) and not any(s(update) for s in schedules):
+            raise EditrlError(
+                f"at update {update} the weights of all rewards are 0: nothing would be learned from there."
+            )
+    return schedules
 
 
 def _labels(count: int, ids: list | None) -> list[str]:

@@ -44,12 +44,9 @@ class RewardOptions:
     def _check(self, what: str) -> None:
         if not isinstance(self.groupwise, bool):
             raise EditrlError(f"{what}: groupwise is {self.groupwise!r}: give true or false.")
-        for option in ("batch_size", "frames"):
-            value = getattr(self, option)
-            known = value is None if option == "batch_size" else value in ("all", "keyframes")
-            if not known and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                others = "null" if option == "batch_size" else "'all', 'keyframes'"
-                raise EditrlError(f"{what}: {option} is {value!r}: give a positive whole number or {others}.")
+        if self.batch_size is not None and not _is_count(self.batch_size):
+            raise EditrlError(f"{what}: batch_size is {self.batch_size!r}: give a positive whole number or null.")
+        check_frames(self.frames, f"{what}: frames")
         if self.keep_on not in KEEP_ON:
             near = did_you_mean(str(self.keep_on), KEEP_ON)
             raise EditrlError(f"{what}: keep_on is {self.keep_on!r}: choose one of {', '.join(KEEP_ON)}.{near}")
@@ -65,6 +62,16 @@ def check_names(options: Mapping[str, Any], what: str) -> None:
     for name in options:
         if name not in OPTIONS:
             raise EditrlError(f"{what}: no '{name}' among {', '.join(OPTIONS)}.{did_you_mean(str(name), OPTIONS)}")
+
+
+def check_frames(frames: Any, what: str) -> None:
+    """EditrlError for what `frame_indices` does not understand."""
+    if frames not in ("all", "keyframes") and not _is_count(frames):
+        raise EditrlError(f"{what} is {frames!r}: give a positive whole number or 'all', 'keyframes'.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def frame_indices(count: int, frames: str | int | None) -> list[int]:

@@ -219,6 +219,13 @@ def test_weights_follow_their_schedules():
     assert [schedule.constant for schedule in rewards.schedules] == [True, False, False, False]
 
 
+def test_weights_that_all_end_at_zero_are_refused():
+    fade = {"start": 1.0, "end": 0.0, "steps": 20}
+    with pytest.raises(EditrlError, match="at update 20 the weights of all rewards are 0"):
+        RewardSet([counted()], weights=[fade])
+    RewardSet([counted(), counted(__name__="other")], weights=[fade, 0.1])
+
+
 @pytest.mark.parametrize(
     ("weight", "wanted"),
     [

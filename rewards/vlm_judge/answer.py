@@ -56,6 +56,17 @@ def read_yes_no(text: str) -> Answer:
     return Answer({"yes": float(said == {"yes"})}, "", text)
 
 
+def read_mark(text: str, marks: Sequence[int]) -> Answer:
+    """The one number of `text`, under the dimension "mark"; "8/10" is 8. UnreadableAnswer unless it is in `marks`."""
+    said = set(re.findall(r"-?\d+(?:\.\d+)?", re.sub(rf"/\s*{marks[-1]}\b", "", text)))
+    if len(said) != 1:
+        raise UnreadableAnswer(f"it says {', '.join(sorted(said)) or 'no number'}, not one number")
+    value = float(said.pop())
+    if value not in marks:
+        raise UnreadableAnswer(f"it says {value:g}, not one of {marks[0]} to {marks[-1]}")
+    return Answer({"mark": value}, "", text)
+
+
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:

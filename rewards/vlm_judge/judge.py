@@ -10,8 +10,8 @@ from torch import Tensor
 
 from editrl.errors import EditrlError
 from editrl.registry import register_reward
-from editrl.reward_options import frame_indices
-from editrl.rewards.vlm_judge.answer import Answer, UnreadableAnswer, read_scores, read_yes_no
+from editrl.reward_options import check_frames
+from editrl.rewards.vlm_judge.answer import Answer, UnreadableAnswer, read_mark, read_scores, read_yes_no
 from editrl.rewards.vlm_judge.endpoint import Endpoint
 from editrl.rewards.vlm_judge.local import LocalVLM
 from editrl.rewards.vlm_judge.prompt import Prompt, load_prompt, parts
@@ -38,7 +38,8 @@ class VLMJudge:
         model: its name at the endpoint, or folder or Hub id of a local model.
         base_url: of an OpenAI-compatible endpoint, up to and with "/v1"; None for a local model.
         prompt: a text file, or "edit", "reference", "yes_no"; "auto" takes "reference" for samples that have one, else
-            "edit". A local model answers yes/no by p(yes) / (p(yes) + p(no)).
+            "edit". A local model answers yes/no by p(yes) / (p(yes) + p(no)), one mark by its
+            expected value.
         dimension: the reward is this one alone; None: the mean of all.
         num_frames: frames of each clip that are shown, a number, "all" or "keyframes".
         attempts: how often one sample is asked until its answer can be read.
@@ -62,7 +63,7 @@ class VLMJudge:
     ):
         if (model is None) == (transport is None):
             raise EditrlError("vlm_judge: give `model`, and `base_url` if it is behind an endpoint; or a `transport`.")
-        frame_indices(1, num_frames)
+        check_frames(num_frames, "vlm_judge: num_frames")
         if attempts < 1:
             raise EditrlError(f"vlm_judge: attempts is {attempts}: give a positive number.")
         self.prompts = [load_prompt(name) for name in (("edit", "reference") if prompt == "auto" else (prompt,))]
@@ -120,15 +121,14 @@ class VLMJudge:
         return _Question(f"sample {i}" + (f" (id {sample['ids']!r})" if "ids" in sample else ""), prompt, shown)
 
     def _answer(self, question: _Question) -> Answer:
-        if not question.prompt.dimensions and hasattr(self.transport, "weigh"):
-            likely = self.transport.weigh(question.parts, {"yes": 1.0, "no": 0.0})
-            return Answer({"yes": likely}, "", "")
-        asked = question.parts
+        prompt, asked = question.prompt, question.parts
+        if not prompt.dimensions and hasattr(self.transport, "weigh"):
+            values = {str(mark): float(mark) for mark in prompt.marks} or {"yes": 1.0, "no": 0.0}
+            return Answer({"mark" if prompt.marks else "yes": self.transport.weigh(asked, values)}, "", "")
         for _ in range(self.attempts):
             text = self.transport.ask(asked)
             try:
-                dimensions = question.prompt.dimensions
-                return read_scores(text, dimensions) if dimensions else read_yes_no(text)
+                return _read(text, prompt)
             except UnreadableAnswer as error:
                 problem = str(error)
                 asked = [*question.parts, f"Your last answer could not be used: {problem}. Answer as told, no more."]
@@ -136,3 +136,9 @@ class VLMJudge:
             f"{question.label}: the judge '{self.model}' gave {self.attempts} answers that cannot be read, the last of "
             f"which because {problem}: {text[:200]!r}"
         )
+
+
+def _read(text: str, prompt: Prompt) -> Answer:
+    if prompt.dimensions:
+        return read_scores(text, prompt.dimensions)
+    return read_mark(text, prompt.marks) if prompt.marks else read_yes_no(text)

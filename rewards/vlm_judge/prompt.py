@@ -1,6 +1,7 @@
 """What a judge is shown: frames of both clips, and a rubric from a text file."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,16 +20,21 @@ YES_NO = "answer: yes or no"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rubric. The first line of its file says what is answered: `dimensions: a b c`, or `answer: yes or no`."""
+    """A rubric. The first line of its file says what is answered.
+
+    `dimensions: a b c`: JSON with a score for each, 1 to 10. `answer: yes or no`. `answer: 1 to 9` (or up to another
+    number): one mark.
+    """
 
     name: str
     text: str
-    dimensions: tuple[str, ...]  # empty: yes or no
+    dimensions: tuple[str, ...] = ()
+    marks: tuple[int, ...] = ()  # with no dimensions either: yes or no
 
     @property
     def version(self) -> str:
         """Of the wording; scores with different versions do not compare."""
-        return hashlib.sha256(f"{self.dimensions}{self.text}".encode()).hexdigest()[:12]
+        return hashlib.sha256(f"{self.dimensions}{self.marks}{self.text}".encode()).hexdigest()[:12]
 
 
 def load_prompt(spec: str) -> Prompt:
@@ -47,8 +53,11 @@ def load_prompt(spec: str) -> Prompt:
     first, _, text = written.partition("\n")
     kind, _, words = first.partition(":")
     dimensions = tuple(words.split()) if kind == "dimensions" else ()
-    if not dimensions and first.strip() != YES_NO:
-        raise EditrlError(f"the first line of the prompt '{spec}' must be `dimensions: <names>` or `{YES_NO}`.")
+    mark = re.fullmatch(r"answer: 1 to ([1-9]\d?)", first.strip())
+    if not dimensions and not mark and first.strip() != YES_NO:
+        raise EditrlError(
+            f"the first line of the prompt '{spec}' must be `dimensions: <names>`, `{YES_NO}` or `answer: 1 to 9`."
+        )
     template = Template(text)
     for name in template.get_identifiers() if template.is_valid() else ["$"]:
         if name not in PLACEHOLDERS:
@@ -56,7 +65,7 @@ def load_prompt(spec: str) -> Prompt:
                 f"the prompt '{spec}' has the placeholder '{name}': there are {', '.join(PLACEHOLDERS)}; write $$ for "
                 "a dollar sign."
             )
-    return Prompt(Path(spec).stem, text.strip(), dimensions)
+    return Prompt(Path(spec).stem, text.strip(), dimensions, tuple(range(1, int(mark[1]) + 1)) if mark else ())
 
 
 def parts(

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from editrl.errors import EditrlError
 from editrl.recipes.shapes import WEIGHTS
 from editrl.reward import RewardSet
-from editrl.rewards.vlm_judge.answer import UnreadableAnswer, read_scores, read_yes_no
+from editrl.rewards.vlm_judge.answer import UnreadableAnswer, read_mark, read_scores, read_yes_no
 from editrl.rewards.vlm_judge.endpoint import Endpoint
 from editrl.rewards.vlm_judge.judge import VLMJudge
 from editrl.rewards.vlm_judge.local import LocalVLM
@@ -124,6 +124,17 @@ def test_neither_yes_nor_no(text):
         read_yes_no(text)
 
 
+@pytest.mark.parametrize("text", ["7", "**7**", "Mark: 7/9.", "7.0"])
+def test_one_mark(text):
+    assert read_mark(text, range(1, 10)).scores == {"mark": 7}
+
+
+@pytest.mark.parametrize("text", ["seven", "7 or 8", "0", "10", "7.5", "-7"])
+def test_no_mark(text):
+    with pytest.raises(UnreadableAnswer):
+        read_mark(text, range(1, 10))
+
+
 # --- an endpoint
 
 
@@ -218,6 +229,17 @@ def test_yes_or_no_at_an_endpoint(endpoint):
     assert reward(*sample(2)[:1], **sample(2)[1]) == [1, 0]
 
 
+def test_a_mark_is_weighed_by_a_local_model_and_read_at_an_endpoint(endpoint, tiny_vlm, tmp_path):
+    (tmp_path / "mark.txt").write_text("answer: 1 to 3\nhow well was $instruction done?")
+    endpoint.answers = ["2"]
+    videos, columns = sample()
+    assert judge(endpoint, prompt=str(tmp_path / "mark.txt"))(videos, **columns) == [2]
+    transport = tiny_vlm()
+    transport.words = {"1": ["red"], "2": ["blue"], "3": ["green"]}
+    [expected] = VLMJudge(transport=transport, prompt=str(tmp_path / "mark.txt"), num_frames=1)(videos, **columns)
+    assert 1 < expected < 3 and expected != int(expected)
+
+
 def test_an_unreadable_answer_is_asked_for_again_saying_why_and_is_then_an_error(endpoint):
     endpoint.answers = ["eight!", GOOD]
     videos, columns = sample()
@@ -275,6 +297,8 @@ def test_a_key_that_is_not_set_is_named(monkeypatch):
 def test_arguments_are_checked(endpoint):
     with pytest.raises(EditrlError, match="give `model`"):
         VLMJudge()
+    with pytest.raises(EditrlError, match="num_frames is 'some'"):
+        judge(endpoint, num_frames="some")
     with pytest.raises(EditrlError, match="dimension is 'beauty': the prompt has instruction_following"):
         judge(endpoint, dimension="beauty")
     assert judge(endpoint).identity["prompts"].keys() == {"edit", "reference"}
