@@ -151,6 +151,10 @@ class FlowPolicy:
         """Modules that are never trained; trainers move them to the device once."""
         return ()
 
+    def decoding_modules(self) -> Iterable[nn.Module]:
+        """Of the frozen modules those that `encode_videos` and `decode` need."""
+        return self.frozen_modules()
+
     def save_pretrained(self, path: str) -> None:
         """Write the whole editor as a folder that `from_pretrained` reads."""
         raise NotImplementedError

@@ -1,9 +1,10 @@
 """Whole GRPO steps at real size: `python -m editrl.benchmarks.throughput.grpo --size full --variant ours --out FILE`.
 
 Rollout, decoding, rewards and update of one group, as `editrl grpo` runs them: 13B editor with LLaVA-8B and the VAE,
-CLIP-L and CLIP-H as rewards, all with random weights. Seconds of each phase and peak memory, of the last step. A variant's
-figures are added to the file, so call it once for each; `baseline` is diffusers and PEFT as they come (eager, attention
-mask, checkpointing). Several GPUs, once one process has written the weights:
+CLIP-L and CLIP-H as rewards, all with random weights. Seconds of each phase and peak memory, of the last step.
+
+Figures of a variant are added to the file, so call it once for each; `baseline` is diffusers and PEFT as they come:
+eager, attention mask, checkpointing. Several GPUs, once one process has written the weights:
 `torchrun --nproc_per_node 2 -m editrl.benchmarks.throughput.grpo --deepspeed zero2 ...`.
 """
 

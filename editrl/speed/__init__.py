@@ -3,15 +3,18 @@
 from editrl.speed.activations import BlockRunner, block_function, footprint, plan_levels
 from editrl.speed.fp8 import FP8Linear, quantize_blocks
 from editrl.speed.merge import MergedAdapter, merged_bytes
+from editrl.speed.parking import Parked, park_frozen_modules
 from editrl.speed.prepare import prepare_transformer, repeated_blocks
 
 __all__ = [
     "BlockRunner",
     "FP8Linear",
     "MergedAdapter",
+    "Parked",
     "block_function",
     "footprint",
     "merged_bytes",
+    "park_frozen_modules",
     "plan_levels",
     "prepare_transformer",
     "quantize_blocks",

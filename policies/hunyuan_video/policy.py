@@ -108,6 +108,9 @@ class HunyuanVideoPolicy(FlowPolicy):
         instructor = None if self.instructor is None else self.instructor.model
         return [module for module in (self.vae, instructor, self.text_encoder) if module is not None]
 
+    def decoding_modules(self) -> list[nn.Module]:
+        return [self.vae]
+
     def settings(self) -> dict:
         """What `editor.json` holds."""
         own = {name: getattr(self, name) for name in ("reference_position", "reference_noise", "flow_shift")}
