@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from editrl.errors import EditrlError, did_you_mean
+from editrl.reward_options import OPTIONS, check_names
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ class Registry:
         self.remedy = remedy  # what an unknown name's error advises
         self._registered: dict[str, Any] = {}
 
-    def register(self, name: str) -> Callable:
-        """Decorator that makes `name` mean the decorated function or class. EditrlError if it means something else."""
+    def register(self, name: str, **attributes) -> Callable:
+        """Decorator that makes `name` mean the decorated function or class, and gives it `attributes`.
+
+        EditrlError if the name means something else.
+        """
         if not isinstance(name, str) or not name or ":" in name or name.endswith(".py"):
             raise EditrlError(
                 f'register_{self.kind} wants a plain name, as in @register_{self.kind}("my_{self.kind}"), not {name!r}'
@@ -63,6 +67,8 @@ class Registry:
                     f"the {self.kind} name '{name}' is taken: {_place(plugin)} registers it and so does {places[0]};"
                     " rename one of them"
                 )
+            for attribute, value in attributes.items():
+                setattr(plugin, attribute, value)
             self._registered[name] = plugin
             return plugin
 
@@ -120,8 +126,11 @@ rewards = Registry("reward", "editrl.rewards", f"`editrl rewards` {_OR_A_PATH}")
 policies = Registry("policy", "editrl.policies", f"`editrl policies` {_OR_A_PATH}")
 
 
-def register_reward(name: str) -> Callable:
+def register_reward(name: str, **options) -> Callable:
     """Decorator: `name` means this reward function or class from now on, in `rewards:` lists and `load_reward`.
+
+    `options` say how it wants to be asked, as attributes of its own would: `groupwise`, `batch_size`, `frames`,
+    `keep_on` (see `editrl.reward_options.RewardOptions`).
 
     ```python
     @editrl.register_reward("sharpness")
@@ -129,7 +138,8 @@ def register_reward(name: str) -> Callable:
         return [video.diff(dim=-1).abs().mean().item() for video in videos]
     ```
     """
-    return rewards.register(name)
+    check_names(options, f"register_reward('{name}')")
+    return rewards.register(name, **options)
 
 
 def load_reward(spec: Any, **kwargs) -> Callable:
@@ -151,6 +161,9 @@ def load_reward(spec: Any, **kwargs) -> Callable:
     bound = functools.partial(plugin, **kwargs)
     # Not functools.update_wrapper: its __wrapped__ would make the bound arguments look required again.
     bound.__name__, bound.__doc__ = getattr(plugin, "__name__", type(plugin).__name__), plugin.__doc__
+    for attribute in (*OPTIONS, "requires", "to"):
+        if hasattr(plugin, attribute):
+            setattr(bound, attribute, getattr(plugin, attribute))
     return bound
 
 

@@ -4,6 +4,8 @@ Specs: a folder or Hub id in transformers' format ("openai/clip-vit-large-patch1
 ("open_clip:ViT-L-14/laion2b_s32b_b82k"), where the tag may also be the path of a checkpoint.
 """
 
+import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as image_ops
 
 from editrl.errors import EditrlError, did_you_mean
+from editrl.reward_options import frame_indices
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OPEN_CLIP = "open_clip:"
@@ -68,19 +71,20 @@ class Backbone:
 
     key: tuple[str, ...]  # two backbones with equal keys give equal embeddings
     model: torch.nn.Module
-    image_features: Callable[[Tensor], Tensor]
-    text_features: Callable[[Tensor], Tensor]
+    image_features: Callable[[torch.nn.Module, Tensor], Tensor]  # model, pixels
+    text_features: Callable[[torch.nn.Module, Tensor], Tensor]  # model, tokens
     tokenize: Callable[[list[str], int], Tensor]  # texts, length -> [M, length], cut or padded
     context_length: int
     preprocess: Preprocess
     device: torch.device
     dtype: torch.dtype
-    logit_scale: float = field(init=False)
+    logit_scale: float | None = None  # read off the model
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self):
         self.model.eval().requires_grad_(False)
-        self.logit_scale = float(self.model.logit_scale)
+        if self.logit_scale is None:
+            self.logit_scale = float(self.model.logit_scale)
 
     @torch.no_grad()
     def embed_frames(self, frames: Tensor, *, frames_per_forward: int = 256) -> Tensor:
@@ -101,7 +105,7 @@ class Backbone:
         one_size = len({clip.shape[1:] for clip in clips}) == 1
         parts = [torch.cat(clips)] if one_size else clips  # many small clips are far faster preprocessed at once
         pixels = torch.cat([self.preprocess(part).to(self.dtype) for part in parts])
-        features = torch.cat([self.image_features(part) for part in pixels.split(frames_per_forward)])
+        features = torch.cat([self.image_features(self.model, part) for part in pixels.split(frames_per_forward)])
         return list(normalize(features.float(), dim=-1).split([len(clip) for clip in clips]))
 
     @torch.no_grad()
@@ -112,7 +116,7 @@ class Backbone:
                 raise EditrlError(f"text {i} is {text!r}: every sample needs a caption.")
         distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens = self._tokens(list(distinct)).to(self.device)
-        features = torch.cat([self.text_features(part) for part in tokens.split(_TEXTS_PER_FORWARD)])
+        features = torch.cat([self.text_features(self.model, part) for part in tokens.split(_TEXTS_PER_FORWARD)])
         return normalize(features.float(), dim=-1)[[distinct[text] for text in texts]]
 
     def _tokens(self, texts: list[str]) -> Tensor:
@@ -138,6 +142,8 @@ def load_backbone(
 ) -> Backbone:
     """The backbone of a spec (see the module's docstring); loaded once for equal arguments while somebody holds it.
 
+    What somebody holds on another device is copied from there, not read from disk again.
+
     Args:
         dtype: "float32", "bfloat16" or "float16", of the towers; preprocessing and embeddings are float32.
         processor: folder or Hub id of tokenizer and image preprocessing when they are not beside the weights
@@ -149,6 +155,9 @@ def load_backbone(
         raise EditrlError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}." + did_you_mean(str(dtype), DTYPES))
     key = (model, processor or model, str(torch.device(device)), dtype)
     backbone = _loaded.get(key)
+    elsewhere = next((b for b in list(_loaded.values()) if (*b.key[:2], b.key[3]) == (*key[:2], key[3])), None)
+    if backbone is None and elsewhere is not None:
+        backbone = _loaded[key] = _copied(elsewhere, key)
     if backbone is None:
         parts = _open_clip_parts(key) if model.startswith(_OPEN_CLIP) else _transformers_parts(key)
         backbone = Backbone(key=key, device=torch.device(device), dtype=DTYPES[dtype], **parts)
@@ -156,19 +165,27 @@ def load_backbone(
     return backbone
 
 
+def _copied(backbone: Backbone, key: tuple[str, ...]) -> Backbone:
+    """The same on the device of `key`. Each weight goes straight there, so that no device holds it twice."""
+    model, device = backbone.model, torch.device(key[2])
+    there = {id(weight): torch.nn.Parameter(weight.to(device), requires_grad=False) for weight in model.parameters()}
+    there |= {id(buffer): buffer.to(device) for buffer in model.buffers()}
+    return dataclasses.replace(backbone, key=key, device=device, model=copy.deepcopy(model, there))
+
+
 def _transformers_parts(key: tuple[str, ...]) -> dict[str, Any]:
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     model_id, processor_id, device, dtype = key
-    with _unsharded():
-        model, report = _fetch(CLIPModel, model_id, dtype=DTYPES[dtype], output_loading_info=True)
+    with unsharded():
+        model, report = fetch(CLIPModel, model_id, dtype=DTYPES[dtype], output_loading_info=True)
     if report["missing_keys"]:
         raise EditrlError(
             f"'{model_id}' lacks {len(report['missing_keys'])} weights of a CLIP model (such as "
             f"'{sorted(report['missing_keys'])[0]}'): it is incomplete, or another kind of model."
         )
     model.to(device)
-    tokenizer = _fetch(AutoTokenizer, processor_id)
+    tokenizer = fetch(AutoTokenizer, processor_id)
     if len(tokenizer) < model.config.text_config.vocab_size // 2:
         raise EditrlError(
             f"the tokenizer of '{processor_id}' knows {len(tokenizer)} tokens, the model "
@@ -181,15 +198,15 @@ def _transformers_parts(key: tuple[str, ...]) -> dict[str, Any]:
     # The text tower looks backwards only and is read at the end token, so padding needs no mask.
     return {
         "model": model,
-        "image_features": lambda pixels: model.get_image_features(pixel_values=pixels).pooler_output,
-        "text_features": lambda tokens: model.get_text_features(input_ids=tokens).pooler_output,
+        "image_features": lambda model, pixels: model.get_image_features(pixel_values=pixels).pooler_output,
+        "text_features": lambda model, tokens: model.get_text_features(input_ids=tokens).pooler_output,
         "tokenize": tokenize,
         "context_length": model.config.text_config.max_position_embeddings,
-        "preprocess": _processor_preprocess(_fetch(CLIPImageProcessor, processor_id)),
+        "preprocess": _processor_preprocess(fetch(CLIPImageProcessor, processor_id)),
     }
 
 
-def _fetch(kind: Any, name: str, **kwargs) -> Any:
+def fetch(kind: Any, name: str, **kwargs) -> Any:
     try:
         return kind.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
@@ -201,7 +218,7 @@ def _fetch(kind: Any, name: str, **kwargs) -> Any:
 
 
 @contextmanager
-def _unsharded() -> Iterator[None]:
+def unsharded() -> Iterator[None]:
     """While a ZeRO-3 configuration is alive, `from_pretrained` shards what it loads; a frozen scorer stays whole."""
     from transformers.integrations import deepspeed
 
@@ -255,8 +272,8 @@ def _open_clip_parts(key: tuple[str, ...]) -> dict[str, Any]:
         ) from error
     return {
         "model": model,
-        "image_features": model.encode_image,
-        "text_features": model.encode_text,
+        "image_features": lambda model, pixels: model.encode_image(pixels),
+        "text_features": lambda model, tokens: model.encode_text(tokens),
         "tokenize": lambda texts, length: tokenizer(texts, context_length=length),
         "context_length": tokenizer.context_length,
         "preprocess": _open_clip_preprocess(spec, open_clip.get_model_preprocess_cfg(model)),
@@ -292,13 +309,6 @@ def _open_clip_preprocess(spec: str, config: dict[str, Any]) -> Preprocess:
         mode=InterpolationMode.BILINEAR if config["interpolation"] == "bilinear" else InterpolationMode.BICUBIC,
         round_offset=round,
     )
-
-
-def frame_indices(count: int, num_frames: int | None) -> list[int]:
-    """Which of `count` frames are looked at: all (None), else the middles of `num_frames` equal stretches."""
-    if num_frames is None or num_frames >= count:
-        return list(range(count))
-    return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]
 
 
 class BackboneReward:

@@ -99,26 +99,36 @@ class RewardArguments:
     reward_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Constructor arguments by reward name: {pickscore: {model: ...}}."}
     )
+    reward_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "How rewards are asked, by reward name, in place of what they say themselves: "
+            "{pickscore: {batch_size: 16, frames: 8, keep_on: between}}."
+        },
+    )
     metric_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Rewards that are logged but never optimised."}
     )
 
-    def load(self, weights: list[float] | None) -> list[RewardSet]:
+    def load(self, weights: list | None) -> list[RewardSet]:
         """The rewards that are optimised and, if there are any, those that are watched."""
-        reward_sets = [RewardSet(self.reward_funcs, weights=weights, kwargs=self._kwargs(self.reward_funcs))]
+        reward_sets = [RewardSet(self.reward_funcs, weights=weights, **self._settings(self.reward_funcs))]
         if self.metric_funcs:
-            reward_sets.append(RewardSet(self.metric_funcs, kwargs=self._kwargs(self.metric_funcs)))
+            reward_sets.append(RewardSet(self.metric_funcs, **self._settings(self.metric_funcs)))
         return reward_sets
 
-    def _kwargs(self, specs: Sequence[str]) -> dict[str, Any]:
-        """The constructor arguments of `specs`, and those of a name that nobody knows: the RewardSet refuses them.
+    def _settings(self, specs: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Arguments and options of `specs`, and those of a name that nobody knows: the RewardSet refuses them.
 
         A recipe's arguments of a reward that the command line left out are no mistake.
         """
         names = {spec.rpartition(":")[2] for spec in specs}
         elsewhere = {spec.rpartition(":")[2] for spec in (*self.reward_funcs, *self.metric_funcs)} - names
         elsewhere |= {entry.name for entry in list_rewards()} - names
-        return {name: value for name, value in self.reward_kwargs.items() if name not in elsewhere}
+        return {
+            kind: {name: value for name, value in given.items() if name not in elsewhere}
+            for kind, given in (("kwargs", self.reward_kwargs), ("options", self.reward_options))
+        }
 
 
 def find_model(name_or_path: str, option: str) -> None:

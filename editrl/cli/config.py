@@ -6,6 +6,7 @@ names the file and line, or the flag.
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
@@ -75,6 +76,8 @@ class _ConfigParser(OneLineErrors, TrlParser):
             action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
             if action.nargs == "+":
                 action.nargs = "*"  # `--metric_funcs` without a value is the empty list
+                if action.type is Any:
+                    action.type = _read_json
                 if type(None) in _members(hint):
                     action.type = _none_or(action.type)
             if {bool, type(None)} <= {*_members(hint)}:
@@ -104,6 +107,14 @@ def _json_reader(hint: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"must be {_name(hint)} as JSON, not {text!r}") from error
 
     return read
+
+
+def _read_json(text: str) -> Any:
+    """Reads an item of a list that holds anything: JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or JSON, not {text!r}") from error
 
 
 def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:

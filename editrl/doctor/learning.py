@@ -90,7 +90,7 @@ def marginals_finding(trainer: FlowGRPOTrainer, seen: Seen, wrong: Sequence[str]
 def reward_findings(trainer: FlowGRPOTrainer, seen: Seen) -> list[Finding]:
     """Whether the members of a group score differently, for each reward."""
     device = trainer.args.device
-    scores = trainer.rewards(seen.videos, reward_columns(seen.samples)).to(device)
+    scores = trainer.rewards(seen.videos, reward_columns(seen.samples), seen.groups).to(device)
     rewards = trainer.gather_clips(scores).cpu()
     groups = trainer.gather_clips(torch.tensor(seen.groups, device=device)).cpu()
     flat = zero_std_groups(rewards, groups).tolist()

@@ -61,7 +61,7 @@ def group_advantages(
     values, weights = values[:, weights != 0], weights[weights != 0]
     scored = ~values.isnan().all(dim=1, keepdim=True)
     if aggregation == "sum_then_normalize":
-        total = (_fill_missing(values, groups) * weights).sum(dim=1, keepdim=True)
+        total = _weighted_sum(values, groups, weights)
         advantages = _normalize(total.where(scored, torch.nan), groups, scale)[:, 0]
     else:
         advantages = _normalize(values, groups, scale) @ weights
@@ -69,6 +69,42 @@ def group_advantages(
     if clip is not None:
         advantages = advantages.clamp(-clip, clip)
     return advantages.to(rewards.device, torch.float32)
+
+
+def reward_shares(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+    aggregation: str = "normalize_then_sum",
+    scale: str = "group",
+) -> Tensor:
+    """How much of the advantages each reward makes: mean |its part| over the sum of these means.
+
+    The part of reward k in a sample's advantage is w_k·A_k ("normalize_then_sum") or w_k·(r_k - group mean) over the
+    scale of the sum ("sum_then_normalize"); the parts of a sample add up to its advantage, before the clip and, for
+    the former, the batch's standard deviation. Two rewards that pull against each other have a large share each.
+
+    Args: as for `group_advantages`.
+
+    Returns:
+        float32 [K] in [0, 1] with sum 1 on the device of `rewards`; all 0 where no reward tells clips apart.
+
+    Raises:
+        ValueError: shapes or types do not fit, or an infinite reward.
+    """
+    values, groups = _values_and_groups(rewards, group_ids)
+    weights = torch.ones(values.shape[1]) if weights is None else torch.as_tensor(weights)
+    weights = weights.detach().cpu().double()
+    if aggregation == "sum_then_normalize":
+        total = _weighted_sum(values, groups, weights)
+        total = total.where(~values[:, weights != 0].isnan().all(dim=1, keepdim=True), torch.nan)
+        parts = _normalize(_fill_missing(values, groups), groups, "none") * weights
+        parts = parts / _scale(total, _centred(total, groups), groups, scale)
+    else:
+        parts = _normalize(values, groups, scale) * weights
+    sizes = parts.abs().mean(0)
+    return (sizes / sizes.sum()).nan_to_num(nan=0.0).to(rewards.device, torch.float32)
 
 
 def zero_std_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -111,15 +147,29 @@ def _values_and_groups(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tens
 
 def _normalize(values: Tensor, groups: Tensor, scale: str) -> Tensor:
     """(value - group mean) / scale, [N, K]; 0 where a value is missing or its group has no spread."""
+    centred = _centred(values, groups)
+    return centred / _scale(values, centred, groups, scale)
+
+
+def _centred(values: Tensor, groups: Tensor) -> Tensor:
     centred = (values - _group_mean(values, groups)[groups]).nan_to_num(nan=0.0)
     # The mean of equal numbers can miss them by a rounding error, but a group that teaches nothing must give exactly 0.
-    centred = centred * _has_spread(values, groups)[groups]
+    return centred * _has_spread(values, groups)[groups]
+
+
+def _scale(values: Tensor, centred: Tensor, groups: Tensor, scale: str) -> Tensor | float:
+    """What centred values are divided by: a number, [K] or [N, K]."""
     if scale == "none":
-        return centred
+        return 1.0
     if scale == "batch":
-        return centred / (_batch_std(values) + EPSILON)
+        return _batch_std(values) + EPSILON
     variance = _group_mean(centred.square().where(~values.isnan(), torch.nan), groups).nan_to_num(nan=0.0)
-    return centred / (variance.sqrt()[groups] + EPSILON)
+    return variance.sqrt()[groups] + EPSILON
+
+
+def _weighted_sum(values: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
+    """Σ w_k·r_k, [N, 1]."""
+    return (_fill_missing(values, groups) * weights).sum(dim=1, keepdim=True)
 
 
 def _fill_missing(values: Tensor, groups: Tensor) -> Tensor:

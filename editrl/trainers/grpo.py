@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,7 +19,7 @@ from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 from editrl.cache import open_cache
 from editrl.data import EditDataset, EditExample, write_video
 from editrl.errors import EditrlError
-from editrl.flow import PolicyLoss, get_kernel, group_advantages, sigma_schedule, zero_std_groups
+from editrl.flow import PolicyLoss, get_kernel, sigma_schedule
 from editrl.policy import Conditions, FlowPolicy
 from editrl.reward import RewardSet, reward_columns
 from editrl.rollout import edit_examples
@@ -30,11 +30,11 @@ from editrl.trainers.groups import GroupSchedule
 from editrl.trainers.grpo_config import FlowGRPOConfig
 from editrl.trainers.matching import NoisedBatch, matching_loss, noised_batches
 from editrl.trainers.sampling import sample_groups, stochastic_steps
+from editrl.trainers.scoring import Reward, as_reward_set, refuse_split_groups, score
 from editrl.trainers.watchdog import Watchdog
 from editrl.trainers.window import WindowBatch, window_batches, window_loss
 from editrl.watchdog import measure
 
-Reward = str | Callable
 MicroBatch = WindowBatch | NoisedBatch
 
 
@@ -51,9 +51,11 @@ class FlowGRPOTrainer(FlowTrainer):
         metric_funcs: rewards that are logged beside the others, in training and evaluation, and never optimised.
 
     The objective is `args.loss_type`; `window` and `matching` hold the two families. Logs: `rewards/<name>/mean|std`,
-    `frac_reward_zero_std` (share of groups that cannot teach), `ratio/mean`, `ratio/deviation` (mean |ratio - 1|),
-    `clip_ratio/low|high`, `drift` (how far the mean of a step moved, in its std; for nft and awm the velocity), each of
-    these also as `<name>/step_<k>` for denoising step k; `kl`, `grad_norm`, `watchdog/<measure>`, `seconds/<phase>`.
+    `rewards/<name>/share` (of the advantages), `rewards/<name>/weight` (where it changes), `frac_reward_zero_std`
+    (share of groups that cannot teach), `ratio/mean`, `ratio/deviation` (mean |ratio - 1|), `clip_ratio/low|high`,
+    `drift` (how far the mean of a step moved, in its std; for nft and awm the velocity), each of these also as
+    `<name>/step_<k>` for denoising step k; `kl`, `grad_norm`, `watchdog/<measure>`, `seconds/<phase>`,
+    `seconds/reward/<name>` (part of `seconds/reward`).
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class FlowGRPOTrainer(FlowTrainer):
         for dataset in filter(None, [train_dataset, eval_dataset]):
             for scorer in filter(None, [self.rewards, self.watched]):
                 scorer.check(dataset)
+        for scorer in filter(None, [self.rewards, self.watched]):
+            refuse_split_groups(scorer, args)
         self.cache = open_cache(args.conditions_cache, policy, train_dataset, eval_dataset)
         self.sigmas = sigma_schedule(args.num_inference_steps, args.shift)
         noise = (
@@ -195,7 +199,7 @@ class FlowGRPOTrainer(FlowTrainer):
             videos = [video for part in trajectories for video in self.policy.decode(part.clean).float()]
         samples = [examples[index] for index in indices]
         with self.timed("reward"):
-            advantages = self._advantages(videos, samples, groups)
+            advantages = score(self, videos, samples, groups)
         self._write_videos(videos, samples, members)
         self._rolled_out(videos, samples)
 
@@ -210,45 +214,6 @@ class FlowGRPOTrainer(FlowTrainer):
             chunk.conditions = self.policy.compact(chunk.conditions)
         with self.timed("rollout"), self.averaged_weights("old_policy"):
             return window_batches(self, chunks) if args.on_window else noised_batches(self, chunks)
-
-    def _advantages(self, videos: list[Tensor], samples: list[EditExample], groups: list[int]) -> Tensor:
-        """Score the clips, and compare them within their groups over all processes. Returns this process's [B]."""
-        args, device = self.args, self.args.device
-        columns = reward_columns(samples)
-        scores = self.rewards(videos, columns).to(device)
-        rewards = self.gather_clips(scores)
-        group_ids = self.gather_clips(torch.tensor(groups, device=device))
-        self._record_scores(self.rewards, rewards)
-        for name, share in zip(self.rewards.names, zero_std_groups(rewards, group_ids).tolist(), strict=True):
-            self.record(f"rewards/{name}/frac_zero_std", share)
-        weights = self.rewards.weights.to(device)
-        self.record("reward", (rewards.nanmean(0).nan_to_num() * weights).sum())
-        if self.watched is not None:
-            watched = self.gather_clips(self.watched(videos, columns).to(device))
-            self._record_scores(self.watched, watched, "metrics")
-        if args.watchdog != "off":
-            for name, values in measure(videos, [sample.source for sample in samples]).items():
-                values = self.gather_clips(values.to(device))
-                if not values.isnan().all():  # images do not flicker
-                    self.record(f"watchdog/{name}", values.nanmean())
-        advantages = group_advantages(
-            rewards,
-            group_ids,
-            weights=weights,
-            aggregation=args.multi_objective_aggregation,
-            scale=args.scale_rewards,
-            clip=args.advantage_clip,
-        )
-        self.record("frac_reward_zero_std", zero_std_groups(advantages.unsqueeze(1), group_ids).mean())
-        first = args.data_rank * len(groups)
-        return advantages[first : first + len(groups)]
-
-    def _record_scores(self, scorer: RewardSet, scores: Tensor, kind: str = "rewards") -> None:
-        for name, values in zip(scorer.names, scores.unbind(1), strict=True):
-            known = values[~values.isnan()]
-            if len(known):  # a reward may apply to no clip of a rollout
-                self.record(f"{kind}/{name}/mean", known.mean())
-                self.record(f"{kind}/{name}/std", known.std(correction=0))
 
     def _write_videos(self, videos: list[Tensor], samples: list[EditExample], members: list[int]) -> None:
         args, step = self.args, self.state.global_step
@@ -270,7 +235,7 @@ class FlowGRPOTrainer(FlowTrainer):
     # Update.
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        before = sum(self._seconds.values())
+        before = self._phase_seconds()
         # The GPU is waited for once an update, with its last micro-batch.
         with self.timed("step", wait=self.accelerator.sync_gradients):
             gradients = self._gradients() if self.args.log_step_grad_norm else None
@@ -279,8 +244,12 @@ class FlowGRPOTrainer(FlowTrainer):
                 self._record_step_grad_norm(gradients)
         # What a step takes beyond the rollout that it may have begun with is training.
         whole = self._seconds.pop("step")
-        self._seconds["train"] += whole - (sum(self._seconds.values()) - before)
+        self._seconds["train"] += whole - (self._phase_seconds() - before)
         return loss
+
+    def _phase_seconds(self) -> float:
+        """Of all phases so far; `reward/<name>` is part of one."""
+        return sum(seconds for phase, seconds in self._seconds.items() if "/" not in phase)
 
     def micro_batch_loss(self, model, inputs: MicroBatch) -> Tensor:
         return window_loss(self, model, inputs) if self.args.on_window else matching_loss(self, model, inputs)
@@ -356,9 +325,10 @@ class FlowGRPOTrainer(FlowTrainer):
         videos = self.sample(dataset, mine)
         samples = [dataset[index] for index in mine]
         columns = reward_columns(samples)
-        scores = {"rewards": dict(zip(self.rewards.names, self.rewards(videos, columns).unbind(1), strict=True))}
-        if self.watched is not None:
-            scores["metrics"] = dict(zip(self.watched.names, self.watched(videos, columns).unbind(1), strict=True))
+        scores = {}
+        for kind, scorer in (("rewards", self.rewards), ("metrics", self.watched)):
+            if scorer is not None:  # an evaluated clip is a group by itself
+                scores[kind] = dict(zip(scorer.names, scorer(videos, columns, places).unbind(1), strict=True))
         if args.watchdog != "off":
             scores["watchdog"] = measure(videos, [sample.source for sample in samples])
         metrics = {}
@@ -382,14 +352,3 @@ class FlowGRPOTrainer(FlowTrainer):
             return math.nan, math.nan
         mean = total / number
         return mean, math.sqrt(max(squares / number - mean**2, 0))
-
-
-def as_reward_set(rewards: Reward | Sequence[Reward] | RewardSet, weights: list[float] | None = None) -> RewardSet:
-    """A `RewardSet` of whatever the user gave."""
-    if isinstance(rewards, RewardSet):
-        if weights is not None and rewards.weights.tolist() != torch.tensor(weights).tolist():
-            raise EditrlError(
-                f"reward_weights {weights} differ from the RewardSet's {rewards.weights.tolist()}; give one"
-            )
-        return rewards
-    return RewardSet([rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards), weights=weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from editrl.errors import EditrlError
 from editrl.trainers.config import FlowConfig
@@ -153,7 +154,13 @@ class FlowGRPOConfig(FlowConfig):
         default=1.0, metadata={"help": "rwr: samples are weighted by exp(advantage / temperature)."}
     )
 
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight a reward. Default: 1 each."})
+    reward_weights: list[Any] | None = field(
+        default=None,
+        metadata={
+            "help": "One weight a reward: a number, a schedule over updates such as {start: 1.0, end: 0.2, steps: 200} "
+            "(shape: linear or cosine), or points [[update, value], ...]. Default: 1 each."
+        },
+    )
     multi_objective_aggregation: str = field(
         default="normalize_then_sum",
         metadata={"help": "How rewards are combined.", "choices": ["normalize_then_sum", "sum_then_normalize"]},

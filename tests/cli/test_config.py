@@ -1,5 +1,6 @@
 """parse_config: recipe and flags become dataclasses, and every mistake is named in one line."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -252,3 +253,22 @@ def test_a_missing_recipe_says_whether_a_file_or_a_name_was_looked_for(recipe, m
     assert "no packaged recipe is called 'grop'. Did you mean 'grpo'?" in error_of("--config", "grop")
     assert "--config nowhere/grpo.yaml: no such file" in error_of("--config", "nowhere/grpo.yaml")
     assert "expected one argument" in error_of("--config")
+
+
+# --- weights of rewards, which may be schedules
+
+
+def test_reward_weights_are_numbers_or_schedules_in_a_recipe_and_as_json(recipe):
+    from editrl.trainers import FlowGRPOConfig
+
+    schedule, points = {"start": 1.0, "end": 0.2, "steps": 200}, [[0, 1.0], [5, 2]]
+    sizes = "output_dir: out\nnum_generations: 8\ngradient_accumulation_steps: 4\n"
+    path = recipe(f"{sizes}reward_weights: [1, {{start: 1.0, end: 0.2, steps: 200}}, {points}]\n")
+
+    def weights(*words):
+        return parse_config(FlowGRPOConfig, ["--config", str(path), *words], "grpo")[0].reward_weights
+
+    assert weights() == [1, schedule, points]
+    assert weights("--reward_weights", "0.5", json.dumps(schedule)) == [0.5, schedule]
+    with pytest.raises(EditrlError, match="must be a number or JSON, not 'much'"):
+        weights("--reward_weights", "much")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editrl.flow import group_advantages, zero_std_groups
+from editrl.flow import group_advantages, reward_shares, zero_std_groups
 
 AGGREGATIONS = ["normalize_then_sum", "sum_then_normalize"]
 SCALES = ["group", "batch", "none"]
@@ -253,3 +253,23 @@ def test_errors():
     rewards[2, 1] = float("inf")
     with pytest.raises(ValueError, match="reward 1 of sample 2 is infinite"):
         group_advantages(rewards, groups)
+
+
+# --- shares
+
+
+def test_shares_are_the_mean_sizes_of_the_parts():
+    rewards = torch.tensor([[0.0, 5.0, 1.0], [1.0, 5.0, 3.0], [2.0, 5.0, 2.0], [4.0, 5.0, 0.0]])
+    groups, weights = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1.0, 0.5])
+    shares = reward_shares(rewards, groups, weights=weights)
+    torch.testing.assert_close(shares, torch.tensor([2 / 3, 0.0, 1 / 3]), atol=1e-3, rtol=0)
+    summed = reward_shares(rewards, groups, weights=weights, aggregation="sum_then_normalize", scale="none")
+    torch.testing.assert_close(summed, torch.tensor([1.5 / 2.5, 0.0, 1.0 / 2.5]))
+
+
+def test_a_reward_that_is_alone_has_the_whole_share_and_a_flat_one_none():
+    groups = torch.tensor([0, 0, 1, 1])
+    for aggregation in ("normalize_then_sum", "sum_then_normalize"):
+        alone = torch.tensor([[0.0, torch.nan], [1.0, torch.nan], [3.0, torch.nan], [9.0, torch.nan]])
+        assert reward_shares(alone, groups, aggregation=aggregation).tolist() == [1, 0]
+        assert reward_shares(torch.ones(4, 2), groups, aggregation=aggregation).tolist() == [0, 0]

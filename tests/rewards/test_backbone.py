@@ -1,4 +1,5 @@
 import gc
+import shutil
 import warnings
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_pooler_output_of_transformers_is_the_projected_feature(tiny_clip):
     model = backbone.model
     pixels = torch.rand(2, 3, 32, 32)
     projected = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-    torch.testing.assert_close(backbone.image_features(pixels), projected)
+    torch.testing.assert_close(backbone.image_features(backbone.model, pixels), projected)
 
 
 def test_frames_and_texts_embed_as_plain_open_clip_does(tiny_open_clip):
@@ -162,7 +163,7 @@ def test_each_distinct_text_is_embedded_once(fixture, request):
     seen = []
     features, backbone.text_features = (
         backbone.text_features,
-        lambda tokens: seen.append(len(tokens)) or features(tokens),
+        lambda model, tokens: seen.append(len(tokens)) or features(model, tokens),
     )
     try:
         vectors = backbone.embed_texts(TEXTS)
@@ -325,3 +326,29 @@ def test_the_same_tensor_is_embedded_once_and_equal_tensors_are_not_confused(tin
     assert frames == [10]
     torch.testing.assert_close(again, [first[2], first[0]], atol=0, rtol=0)
     assert not torch.allclose(first[0], first[2])
+
+
+# --- moving
+
+
+def test_a_model_is_moved_not_loaded_again(tiny_clip, tmp_path):
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    reward = BackboneReward(str(tmp_path / "clip")).to("cpu")
+    first = reward.backbone
+    shutil.rmtree(tmp_path / "clip")  # nothing left to load
+    reward.to("meta")
+    assert reward.backbone.device.type == "meta" and first.device.type == "cpu"
+    assert {weight.device.type for weight in reward.backbone.model.parameters()} == {"meta"}
+    assert {weight.device.type for weight in first.model.parameters()} == {"cpu"}
+    reward.to("cpu")
+    assert reward.backbone is first  # somebody still holds it
+
+
+def test_a_moved_model_gives_the_same_embeddings(tiny_clip, clips):
+    reward = BackboneReward(tiny_clip).to("cpu")
+    before = reward.backbone.embed_clips(clips), reward.backbone.embed_texts(["a ball"])
+    moved = backbone_module._copied(reward.backbone, reward.backbone.key)
+    assert moved.model is not reward.backbone.model
+    after = moved.embed_clips(clips), moved.embed_texts(["a ball"])
+    for one, other in zip([*before[0], before[1]], [*after[0], after[1]], strict=True):
+        assert torch.equal(one, other)

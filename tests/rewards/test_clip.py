@@ -5,7 +5,8 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from editrl.errors import EditrlError
-from editrl.rewards.clip import ClipInstruction, ClipSourceFidelity
+from editrl.reward import RewardSet
+from editrl.rewards.clip import ClipFrameConsistency, ClipInstruction, ClipSourceFidelity
 
 SOURCE_CAPTIONS = ["a red ball", "a cube", "two cones"]
 TARGET_CAPTIONS = ["a blue ball", "a sphere", "a single cone"]
@@ -122,3 +123,50 @@ def test_weights_are_loaded_when_they_are_needed(tmp_path):
     reward = ClipInstruction(str(tmp_path / "later"))  # nothing there yet: .to(device) is what loads
     with pytest.raises(EditrlError, match="hf download"):
         reward.to("cpu")
+
+
+# --- the other forms, and consistency in time
+
+
+def test_the_full_form_has_four_terms(backend, videos, sources):
+    model, frames, text = backend
+    wanted = []
+    for video, other, source, target in zip(videos, sources, SOURCE_CAPTIONS, TARGET_CAPTIONS, strict=True):
+        edited_target, edited_source = ((frames(video) @ text(t)).mean().item() for t in (target, source))
+        source_target, source_source = ((frames(other) @ text(t)).mean().item() for t in (target, source))
+        wanted.append((edited_target - source_target) + (source_source - edited_source))
+    reward = ClipInstruction(model, form="full")
+    assert reward(videos, SOURCE_CAPTIONS, TARGET_CAPTIONS, sources) == pytest.approx(wanted, abs=1e-5)
+    assert reward(videos, SOURCE_CAPTIONS, TARGET_CAPTIONS, videos) == [0, 0, 0]
+
+
+def test_the_directional_form_is_the_cosine_of_both_changes(backend, videos, sources):
+    model, frames, text = backend
+    wanted = [
+        torch.cosine_similarity(frames(video) - frames(other), (text(target) - text(source))[None]).mean().item()
+        for video, other, source, target in zip(videos, sources, SOURCE_CAPTIONS, TARGET_CAPTIONS, strict=True)
+    ]
+    reward = ClipInstruction(model, form="directional")
+    assert reward(videos, SOURCE_CAPTIONS, TARGET_CAPTIONS, sources) == pytest.approx(wanted, abs=1e-4)
+    assert reward(videos, SOURCE_CAPTIONS, TARGET_CAPTIONS, videos) == [0, 0, 0]  # unchanged
+    assert reward(videos, TARGET_CAPTIONS, TARGET_CAPTIONS, sources) == [None] * 3  # no change wanted
+    with pytest.raises(EditrlError, match="clip 2 has 9 frames, its source 8"):
+        reward(videos, SOURCE_CAPTIONS, TARGET_CAPTIONS, [*sources[:2], sources[2][:8]])
+
+
+def test_a_form_says_what_it_needs(tiny_clip):
+    captions = {"source_captions", "target_captions"}
+    assert RewardSet([ClipInstruction(tiny_clip)]).requires == captions
+    assert RewardSet([ClipInstruction(tiny_clip, form="full")]).requires == captions | {"source_videos"}
+    with pytest.raises(EditrlError, match=r"form of clip_instruction is 'direction'.*Did you mean 'directional'"):
+        ClipInstruction(tiny_clip, form="direction")
+
+
+def test_frame_consistency_is_the_mean_cosine_of_neighbours(backend, videos):
+    model, frames, _ = backend
+    embedded = [frames(video) for video in videos]
+    wanted = [torch.cosine_similarity(part[1:], part[:-1]).mean().item() for part in embedded]
+    scores = ClipFrameConsistency(model)(videos)
+    assert scores[1] is None  # an image
+    assert [scores[0], scores[2]] == pytest.approx([wanted[0], wanted[2]], abs=1e-5)
+    assert ClipFrameConsistency(model)([videos[0][:1].expand(4, -1, -1, -1)]) == pytest.approx([1.0])

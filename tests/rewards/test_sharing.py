@@ -5,8 +5,10 @@ import torch
 
 from editrl.registry import list_rewards, load_reward
 from editrl.reward import RewardSet
+from editrl.rewards.aesthetic import Aesthetic
 from editrl.rewards.backbone import load_backbone
-from editrl.rewards.clip import ClipInstruction, ClipSourceFidelity
+from editrl.rewards.clip import ClipFrameConsistency, ClipInstruction, ClipSourceFidelity
+from editrl.rewards.expression import Expression
 from editrl.rewards.pickscore import PickScore
 
 NAMES = ["clip_instruction", "clip_source_fidelity", "pickscore"]
@@ -75,6 +77,44 @@ def test_scores_do_not_depend_on_order_or_batch_size(reward_set, batch, batch_si
     shuffled = {name: [values[i] for i in order] for name, values in columns.items()}
     scores = reward_set(batch_size=batch_size)([videos[i] for i in order], shuffled)
     torch.testing.assert_close(scores, wanted[order], atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def every_clip_reward(tiny_clip, tmp_path):
+    torch.manual_seed(0)
+    torch.save(torch.nn.Linear(24, 1).state_dict(), tmp_path / "head.pth")
+    return [
+        ClipInstruction(tiny_clip),
+        ClipSourceFidelity(tiny_clip),
+        PickScore(tiny_clip),
+        ClipFrameConsistency(tiny_clip),
+        Aesthetic(str(tmp_path / "head.pth"), tiny_clip),
+        Expression("full * 2 - directional", rewards={name: forms[name](tiny_clip) for name in forms}),
+    ]
+
+
+forms = {
+    "full": lambda model: ClipInstruction(model, form="full"),
+    "directional": lambda model: ClipInstruction(model, form="directional"),
+}
+
+
+def test_all_of_them_share_one_forward_of_the_edited_clips_and_one_of_the_sources(
+    every_clip_reward, batch, count_frames
+):
+    RewardSet(every_clip_reward)(*batch)
+    assert count_frames == [6 * 5, 2 * 5]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_none_of_them_depends_on_order_or_batch_size(every_clip_reward, batch, batch_size):
+    videos, columns = batch
+    wanted = RewardSet(every_clip_reward)(videos, columns)
+    order = [4, 0, 5, 2, 1, 3]
+    shuffled = {name: [values[i] for i in order] for name, values in columns.items()}
+    scores = RewardSet(every_clip_reward, batch_size=batch_size)([videos[i] for i in order], shuffled)
+    torch.testing.assert_close(scores, wanted[order], atol=1e-5, rtol=1e-5)
+    assert (wanted.std(0) > 1e-5).all()
 
 
 def test_needs_are_read_off_the_signatures(reward_set):

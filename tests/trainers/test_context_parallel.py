@@ -29,6 +29,7 @@ from editrl.recipes.shapes import WEIGHTS
 from editrl.recipes.shapes.dataset import rows
 from editrl.recipes.shapes.world import sample_scenes
 from editrl.trainers import FlowGRPOConfig, FlowGRPOTrainer, FlowSFTConfig, FlowSFTTrainer
+from editrl.trainers.scoring import score
 
 TIMEOUT = 300  # seconds after which the processes are killed
 
@@ -146,12 +147,12 @@ def compared(folder: Path) -> dict:
     trainer = grpo(folder, moody, max_steps=1)
     found = {}
 
-    def noted(videos, samples, groups):
+    def noted(trainer, videos, samples, groups):
         found.update(scores=moody(videos), groups=groups)
-        found["advantages"] = FlowGRPOTrainer._advantages(trainer, videos, samples, groups)
+        found["advantages"] = score(trainer, videos, samples, groups)
         return found["advantages"]
 
-    with mock.patch.object(trainer, "_advantages", noted):
+    with mock.patch("editrl.trainers.grpo.score", noted):
         trainer.train()
     return found | {"mean": trainer.state.log_history[0]["rewards/moody/mean"]}
 

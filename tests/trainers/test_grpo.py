@@ -2,15 +2,19 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-import editrl.trainers.grpo
+import editrl.trainers.scoring
 from editrl.data import EditDataset, read_video
+from editrl.errors import EditrlError
 from editrl.recipes.shapes.dataset import rows
 from editrl.recipes.shapes.world import sample_scenes
+from editrl.reward import RewardSet
+from editrl.trainers.scoring import refuse_split_groups
 
 MEMBERS = 4
 
@@ -79,6 +83,15 @@ def test_every_update_logs_rewards_ratio_clip_kl_and_seconds(run, updates):
         for phase in ("rollout", "decode", "reward", "train"):
             assert log[f"seconds/{phase}"] > 0
         assert log["grad_norm"] > 0
+
+
+def test_every_reward_logs_its_seconds_and_its_share_of_the_advantage(run, updates):
+    for log in updates(run):
+        assert log["rewards/brightness/share"] + log["rewards/redness/share"] == pytest.approx(1)
+        names = ("brightness", "redness", "constant")
+        assert all(log[f"seconds/reward/{name}"] > 0 for name in names)
+        assert sum(log[f"seconds/reward/{name}"] for name in names) <= log["seconds/reward"]
+        assert "rewards/brightness/weight" not in log  # it does not change
 
 
 def test_logged_rewards_are_those_of_the_clips(run, updates):
@@ -201,14 +214,14 @@ def grouped(grpo):
     for row in scenes:
         row["instruction"] = "remove the circle"
     watch, compared = Watch(), []
-    group_advantages = editrl.trainers.grpo.group_advantages
+    group_advantages = editrl.trainers.scoring.group_advantages
 
     def recorded(rewards, group_ids, **kwargs):
         compared.append(group_ids)
         return group_advantages(rewards, group_ids, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(editrl.trainers.grpo, "group_advantages", recorded)
+        patch.setattr(editrl.trainers.scoring, "group_advantages", recorded)
         grpo([brightness], dataset=EditDataset(scenes), callbacks=[watch], max_steps=5).train()
     return watch, compared
 
@@ -356,3 +369,30 @@ def test_a_run_repeats_itself_bit_for_bit_and_another_seed_does_not(grpo, weight
         trained.append(weights(trainer))
     assert equal(trained[0], trained[1])
     assert not equal(trained[0], trained[2])
+
+
+# -- groups and weights that change ------------------------------------------------------------------------------------
+
+
+def test_groupwise_rewards_and_scheduled_weights(grpo, updates):
+    sizes = []
+
+    def rank(videos):
+        sizes.append(len(videos))
+        means = [video.mean().item() for video in videos]
+        return [float(sorted(means).index(mean)) for mean in means]
+
+    rank.groupwise = True
+    trainer = grpo([rank, redness], reward_weights=[1.0, {"start": 1.0, "end": 0.0, "steps": 2}])
+    trainer.train()
+    assert sizes == [MEMBERS] * 4  # two updates of two groups
+    assert [log["rewards/redness/weight"] for log in updates(trainer)] == [1.0, 0.5]
+    assert updates(trainer)[0]["rewards/rank/mean"] == pytest.approx(1.5)
+
+
+def test_groups_that_are_split_over_processes_are_refused_for_a_groupwise_reward():
+    args = SimpleNamespace(groups_per_generation=3, data_world_size=2)
+    refuse_split_groups(RewardSet([brightness]), args)
+    ranked = RewardSet([brightness], options={"brightness": {"groupwise": True}})
+    with pytest.raises(EditrlError, match=r"'brightness' compares the clips of a group.* 3 and there are 2 processes"):
+        refuse_split_groups(ranked, args)

@@ -1,0 +1,138 @@
+"""The judge as a reward, and as what a benchmark asks for scores with reasons."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editrl.errors import EditrlError
+from editrl.registry import register_reward
+from editrl.reward_options import frame_indices
+from editrl.rewards.vlm_judge.answer import Answer, UnreadableAnswer, read_scores, read_yes_no
+from editrl.rewards.vlm_judge.endpoint import Endpoint
+from editrl.rewards.vlm_judge.local import LocalVLM
+from editrl.rewards.vlm_judge.prompt import Prompt, load_prompt, parts
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One sample, as it is put to the judge."""
+
+    label: str
+    prompt: Prompt
+    parts: list[str | Tensor]
+
+
+@register_reward("vlm_judge")
+class VLMJudge:
+    """Score of a vision-language model that compares edited and source clip, 1 to 10 (yes/no prompts: 0 to 1).
+
+    Asked for instruction following, quality and preservation, and with a reference image for similarity to it; the
+    score is the mean of these, or the one `dimension`. An answer that cannot be read is asked for again, and then an
+    error: it never becomes a number.
+
+    Args:
+        model: its name at the endpoint, or folder or Hub id of a local model.
+        base_url: of an OpenAI-compatible endpoint, up to and with "/v1"; None for a local model.
+        prompt: a text file, or "edit", "reference", "yes_no"; "auto" takes "reference" for samples that have one, else
+            "edit". A local model answers yes/no by p(yes) / (p(yes) + p(no)).
+        dimension: the reward is this one alone; None: the mean of all.
+        num_frames: frames of each clip that are shown, a number, "all" or "keyframes".
+        attempts: how often one sample is asked until its answer can be read.
+        options: further arguments of `Endpoint` or `LocalVLM`.
+        transport: in their place, any object with `ask(parts) -> str` and `concurrency`.
+    """
+
+    name = "vlm_judge"
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        base_url: str | None = None,
+        prompt: str = "auto",
+        dimension: str | None = None,
+        num_frames: int | str = 8,
+        attempts: int = 3,
+        options: Mapping[str, Any] | None = None,
+        transport: Any = None,
+    ):
+        if (model is None) == (transport is None):
+            raise EditrlError("vlm_judge: give `model`, and `base_url` if it is behind an endpoint; or a `transport`.")
+        frame_indices(1, num_frames)
+        if attempts < 1:
+            raise EditrlError(f"vlm_judge: attempts is {attempts}: give a positive number.")
+        self.prompts = [load_prompt(name) for name in (("edit", "reference") if prompt == "auto" else (prompt,))]
+        known = self.prompts[0].dimensions
+        if dimension is not None and dimension not in known:
+            raise EditrlError(f"vlm_judge: dimension is {dimension!r}: the prompt has {', '.join(known) or 'yes/no'}.")
+        self.dimension, self.num_frames, self.attempts = dimension, num_frames, attempts
+        if transport is None:
+            settings = dict(options or {})
+            transport = LocalVLM(model, **settings) if base_url is None else Endpoint(model, base_url, **settings)
+        self.transport = transport
+        self.model = model or type(transport).__name__
+        self.requires = {"source_videos", "instructions"}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a stored score must carry: scores of different judges do not compare."""
+        versions = {prompt.name: prompt.version for prompt in self.prompts}
+        return {"judge": self.model, "prompts": versions, "num_frames": self.num_frames}
+
+    def to(self, device: torch.device | str) -> "VLMJudge":
+        """A local model is loaded there."""
+        if hasattr(self.transport, "to"):
+            self.transport.to(device)
+        return self
+
+    def __call__(self, videos: Sequence[Tensor], cache: dict | None = None, **columns) -> list[float]:
+        """N clips [F,3,H,W] in [0,1], `source_videos`, `instructions`, optional others -> N floats."""
+        answers = self.judge(videos, **columns)
+        chosen = [[a.scores[self.dimension]] if self.dimension else list(a.scores.values()) for a in answers]
+        return [sum(scores) / len(scores) for scores in chosen]
+
+    def judge(self, videos: Sequence[Tensor], **columns) -> list[Answer]:
+        """The scores by dimension, with reasons; columns as a reward gets them.
+
+        Raises: EditrlError when the judge cannot be reached, or a sample's answer could not be read `attempts` times.
+        """
+        questions = [
+            self._question(i, video, {name: values[i] for name, values in columns.items() if isinstance(values, list)})
+            for i, video in enumerate(videos)
+        ]
+        pool = ThreadPoolExecutor(self.transport.concurrency)
+        try:
+            return list(pool.map(self._answer, questions))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure the rest need not be asked
+
+    def _question(self, i: int, video: Tensor, sample: dict[str, Any]) -> _Question:
+        reference = sample.get("reference_images")
+        prompt = self.prompts[-1 if reference is not None else 0]
+        texts = {
+            name: sample.get(f"{name}s") for name in ("instruction", "source_caption", "target_caption")
+        }  # the columns are plural
+        shown = parts(prompt, video, sample["source_videos"], texts, reference, self.num_frames)
+        return _Question(f"sample {i}" + (f" (id {sample['ids']!r})" if "ids" in sample else ""), prompt, shown)
+
+    def _answer(self, question: _Question) -> Answer:
+        if not question.prompt.dimensions and hasattr(self.transport, "weigh"):
+            likely = self.transport.weigh(question.parts, {"yes": 1.0, "no": 0.0})
+            return Answer({"yes": likely}, "", "")
+        asked = question.parts
+        for _ in range(self.attempts):
+            text = self.transport.ask(asked)
+            try:
+                dimensions = question.prompt.dimensions
+                return read_scores(text, dimensions) if dimensions else read_yes_no(text)
+            except UnreadableAnswer as error:
+                problem = str(error)
+                asked = [*question.parts, f"Your last answer could not be used: {problem}. Answer as told, no more."]
+        raise EditrlError(
+            f"{question.label}: the judge '{self.model}' gave {self.attempts} answers that cannot be read, the last of "
+            f"which because {problem}: {text[:200]!r}"
+        )
