@@ -12,9 +12,9 @@ quickstart: .venv/user.stamp
 
 dev: .venv/dev.stamp
 
-# One thread: the models of the tests are too small for more, and several processes would wait for each other.
+# A process a core, each of one thread: the models of the tests are too small for more. A file stays in one process.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check

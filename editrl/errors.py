@@ -8,6 +8,10 @@ class EditrlError(ValueError):
     """One line that says what was wrong, where it came from and what to do. The CLI prints it and exits with 2."""
 
 
+class OutageError(EditrlError):
+    """Something outside that a run needs stays away. What was done so far is good: save it, stop, and go on later."""
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the option nearest to `word`, with its leading space, or `""` when none is near."""
     nearest = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)

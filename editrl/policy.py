@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -151,6 +151,10 @@ class FlowPolicy:
         """Modules that are never trained; trainers move them to the device once."""
         return ()
 
+    def decoding_modules(self) -> Iterable[nn.Module]:
+        """Of the frozen modules those that `encode_videos` and `decode` need."""
+        return self.frozen_modules()
+
     def save_pretrained(self, path: str) -> None:
         """Write the whole editor as a folder that `from_pretrained` reads."""
         raise NotImplementedError
@@ -159,6 +163,22 @@ class FlowPolicy:
     def from_pretrained(cls, path: str, **kwargs) -> FlowPolicy:
         """Load an editor from a folder or a Hub id."""
         raise NotImplementedError
+
+    @classmethod
+    def sketch(
+        cls, path: str, frames: int, height: int, width: int, **options
+    ) -> tuple[nn.Module, Callable[[torch.dtype], tuple], str]:
+        """Shapes without weights, for `editrl plan`: no weight is read.
+
+        Args:
+            path, options: as of `from_pretrained`.
+            frames, height, width: of the clips.
+
+        Returns:
+            The transformer on the meta device, a function from a dtype to what one of its blocks is given for one clip,
+            and where the shapes are from, for a person.
+        """
+        raise EditrlError(f"a {cls.__name__} cannot be planned, since it has no sketch(); write that method")
 
     @property
     def device(self) -> torch.device:

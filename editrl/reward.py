@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from editrl.errors import EditrlError, did_you_mean
+from editrl.errors import EditrlError, OutageError, did_you_mean
 from editrl.registry import load_reward
 from editrl.reward_options import RewardOptions, frame_indices
 from editrl.reward_weights import WeightSchedule, read_schedule
@@ -267,9 +267,8 @@ class _Member:
                 result = self.reward(**arguments)
         except Exception as error:  # somebody else's code: whatever it raises, say which reward and samples it was
             reason = " ".join(str(error).split())
-            raise EditrlError(
-                f"reward '{self.name}' failed on {_span(labels)}: {type(error).__name__}: {reason}"
-            ) from error
+            kind = OutageError if isinstance(error, OutageError) else EditrlError  # training can wait for an outage
+            raise kind(f"reward '{self.name}' failed on {_span(labels)}: {type(error).__name__}: {reason}") from error
         return self._as_scores(result, labels)
 
     def _sampled(self, clips: list[torch.Tensor | None], cache: dict) -> list[torch.Tensor | None]:

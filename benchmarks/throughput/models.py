@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
-from transformers import CLIPTextConfig, CLIPTextModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 from transformers.models.clip import CLIPImageProcessor
 
 from editrl.recipes.shapes import WEIGHTS
@@ -75,6 +84,47 @@ CLIP = {
 }
 
 
+REWARD_CLIPS = {
+    "full": {  # ViT-L/14, and ViT-H/14 as PickScore's
+        "clip": ((768, 12, 3072, 12), (1024, 16, 4096, 24), 768, (224, 14)),
+        "pickscore": ((1024, 16, 4096, 24), (1280, 16, 5120, 32), 1024, (224, 14)),
+    },
+    "tiny": {
+        "clip": ((32, 2, 64, 2), (32, 2, 64, 2), 16, (28, 14)),
+        "pickscore": ((32, 2, 64, 2), (32, 2, 64, 2), 16, (28, 14)),
+    },
+}
+"""Name -> text tower and image tower (width, heads, feed-forward, layers), embedding, (image size, patch)."""
+
+
+def write_rewards(folder: Path, size: str, device: str) -> None:
+    """Write the CLIP models of VIVA's rewards, with random weights, into `folder`; those that are there are kept."""
+    for name, (text, vision, embedding, (image, patch)) in REWARD_CLIPS[size].items():
+        if (folder / name / "config.json").exists():
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / name)
+
+        def tower(width, heads, wide, layers):
+            return {
+                "hidden_size": width,
+                "num_attention_heads": heads,
+                "intermediate_size": wide,
+                "num_hidden_layers": layers,
+            }
+
+        config = CLIPConfig(
+            text_config=tower(*text) | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
+            vision_config=tower(*vision) | {"image_size": image, "patch_size": patch},
+            projection_dim=embedding,
+        )
+        with torch.device(device):
+            model = CLIPModel(config)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        side = {"height": image, "width": image}
+        CLIPImageProcessor(size={"shortest_edge": image}, crop_size=side).save_pretrained(folder / name)
+
+
 def write_editor(folder: Path, size: str, device: str, dtype: torch.dtype) -> None:
     """Write an editor of `size` ("full" or "tiny") into `folder`, part by part; parts that are there are kept.
 
@@ -117,8 +167,6 @@ def write_editor(folder: Path, size: str, device: str, dtype: torch.dtype) -> No
         num_additional_image_tokens=1,
         chat_template=processor.chat_template,
     ).save_pretrained(folder / "processor")
-    from transformers import AutoTokenizer
-
     AutoTokenizer.from_pretrained(base / "tokenizer_2").save_pretrained(folder / "tokenizer_2")
 
 

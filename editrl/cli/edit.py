@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from editrl.cli.parser import CommandParser, number
 from editrl.errors import EditrlError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from editrl.data import EditExample
     from editrl.policy import FlowPolicy
 
+REQUEST = ("instruction", "source", "reference_image")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -173,6 +175,11 @@ def find_device(name: str | None):
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         reason = str(error).splitlines()[0]
         raise EditrlError(f"--device {name}: torch has no such device here ({reason}); try cpu") from error
+
+
+def file_name(id: str) -> str:
+    """The name, without a suffix, of the clip and of the record that --manifest writes for the row `id`."""
+    return quote(id, safe=" ")
 
 
 def find_policy(options: argparse.Namespace) -> type[FlowPolicy]:

@@ -13,19 +13,26 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from torch import distributed
 from tqdm import tqdm
 
-from editrl.cli.edit import edit_example, find_device, find_policy, load_editor, load_row, write_edit
+from editrl.cli.edit import (
+    REQUEST,
+    edit_example,
+    file_name,
+    find_device,
+    find_policy,
+    load_editor,
+    load_row,
+    write_edit,
+)
 from editrl.cli.launch import make_folder, quiet_libraries
 from editrl.cli.process_groups import Processes
 from editrl.data import EditDataset, atomic_path
 from editrl.data.video import is_image
 from editrl.errors import EditrlError
 
-REQUEST = ("instruction", "source", "reference_image")
 # What `editrl edit` is told beside the request and changes nothing in a clip.
 NO_SETTING = ("source", "instruction", "output", "manifest", "overwrite", "reference", "device", "context_parallel")
 
@@ -79,7 +86,7 @@ def _edit_rows(
                     example = load_row(row, root, where, options)
                     video = edit_example(policy, example, source, options, _postfix(bar))
                 if processes.leads:
-                    name = _name(row) + (".png" if is_image(source) else ".mp4")
+                    name = file_name(row["id"]) + (".png" if is_image(source) else ".mp4")
                     line = write_edit(video, example, source, options.output / name, options)
                     _write_record(row, name, options)
                     bar.write(line)
@@ -111,7 +118,7 @@ def _report(failures: list[str], attempted: int, world: int) -> int:
 
 def _is_done(row: dict[str, Any], options: argparse.Namespace) -> bool:
     """Whether the folder has the row's clip. EditrlError if it is the clip of another request or of other settings."""
-    record = options.output / f"{_name(row)}.json"
+    record = options.output / f"{file_name(row['id'])}.json"
     if not record.is_file():
         return False
     try:
@@ -133,7 +140,7 @@ def _is_done(row: dict[str, Any], options: argparse.Namespace) -> bool:
 
 def _write_record(row: dict[str, Any], output: str, options: argparse.Namespace) -> None:
     record = {"id": row["id"], "output": output, "request": _request(row), "settings": _settings(options)}
-    with atomic_path(options.output / f"{_name(row)}.json") as unfinished:
+    with atomic_path(options.output / f"{file_name(row['id'])}.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -144,11 +151,6 @@ def _request(row: dict[str, Any]) -> dict[str, Any]:
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     values = {name: value for name, value in vars(options).items() if name not in NO_SETTING}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _name(row: dict[str, Any]) -> str:
-    """A file name for the row's id, another for each."""
-    return quote(row["id"], safe=" ")
 
 
 def _postfix(bar: tqdm):

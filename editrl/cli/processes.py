@@ -15,7 +15,7 @@ from pathlib import Path
 from editrl.cli.parser import CommandParser, number
 from editrl.errors import EditrlError
 
-COMMANDS = ("grpo", "sft", "doctor", "precompute", "edit")
+COMMANDS = ("grpo", "sft", "doctor", "precompute", "edit", "score")
 """The commands that several processes can share."""
 
 OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")

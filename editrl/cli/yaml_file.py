@@ -43,7 +43,22 @@ def load_yaml(path: Path) -> tuple[dict, dict[Any, int]]:
     return {key: _fill_in(value, folder, f"{path}, line {lines[key]}") for key, value in values.items()}, lines
 
 
-def _refuse_repeated_keys(node: yaml.Node, path: Path) -> None:
+def parse_yaml(text: str, what: str, *, mapping: bool = False) -> Any:
+    """The value of a YAML (or JSON) text of the command line. EditrlError, naming the option `what`, if it is none."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _refuse_repeated_keys(node, what)
+        value = None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise EditrlError(f"{what}: '{text}' is not YAML: {' '.join(str(error).split())}") from error
+    if mapping and not isinstance(value, dict):
+        raise EditrlError(f"{what}: '{text}' is no mapping; write {{key: value}}")
+    return value
+
+
+def _refuse_repeated_keys(node: yaml.Node, path: Path | str) -> None:
     """PyYAML keeps the last of two equal keys without a word."""
     if isinstance(node, yaml.MappingNode):
         first_line: dict[str, int] = {}

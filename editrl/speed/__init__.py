@@ -1,19 +1,29 @@
 """Faster and smaller: compiled blocks, activations within a budget, merged adapters, FP8 base weights."""
 
 from editrl.speed.activations import BlockRunner, block_function, footprint, plan_levels
+from editrl.speed.cost import H200, Rates, Work, activation_gib, forward_seconds, training_seconds
 from editrl.speed.fp8 import FP8Linear, quantize_blocks
 from editrl.speed.merge import MergedAdapter, merged_bytes
+from editrl.speed.parking import Parked, park_frozen_modules
 from editrl.speed.prepare import prepare_transformer, repeated_blocks
 
 __all__ = [
+    "H200",
     "BlockRunner",
     "FP8Linear",
     "MergedAdapter",
+    "Parked",
+    "Rates",
+    "Work",
+    "activation_gib",
     "block_function",
     "footprint",
+    "forward_seconds",
     "merged_bytes",
+    "park_frozen_modules",
     "plan_levels",
     "prepare_transformer",
     "quantize_blocks",
     "repeated_blocks",
+    "training_seconds",
 ]

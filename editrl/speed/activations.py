@@ -132,30 +132,44 @@ def plan_levels(blocks: Sequence[nn.Module], inputs: Sequence, budget: int) -> d
 
 def footprint(block: nn.Module, inputs: Sequence) -> dict[str, int]:
     """Bytes that a block keeps at each level, its inputs among them, and its `working` memory; nothing is computed."""
-    video, text = inputs[:2]
-    recorder = _Recorder(video.shape[-1], video.nbytes + text.nbytes)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-        arguments = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
-        with recorder, _AttentionRecorder(recorder):
-            block._call_impl(*arguments)
+    recorder = recorded(block, inputs)
     # Results of a whole forward, were none freed or fused; a backward was seen to need a third of it.
     return recorder.kept | {"working": recorder.results // 2}
 
 
-class _Recorder(TorchDispatchMode):
-    """Counts the bytes of results."""
+def recorded(block: nn.Module, inputs: Sequence) -> Recorder:
+    """What a forward of the block would compute; nothing is computed or allocated."""
+    video, text = inputs[:2]
+    recorder = Recorder(video.shape[-1], video.nbytes + text.nbytes)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        arguments = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+        with recorder, _AttentionRecorder(recorder):
+            block._call_impl(*arguments)
+    return recorder
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what a forward computes.
+
+    Attributes: `results` (bytes of all results), `kept` (level -> bytes kept, inputs among them), `products` and
+    `attention` (operations, a multiplication and an addition being two), `products_kept` (level -> of kept products).
+    """
 
     def __init__(self, hidden_size: int, inputs: int):
         super().__init__()
-        self.hidden_size, self.results = hidden_size, 0
+        self.hidden_size, self.results, self.products, self.attention = hidden_size, 0, 0, 0
         self.kept = dict.fromkeys(LEVELS, inputs)
+        self.products_kept = dict.fromkeys(LEVELS, 0)
 
     def count(self, result, op, args: Sequence = ()) -> None:
         size = sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self.results += size
+        operations = 2 * result.numel() * args[SECOND_FACTOR[op]].shape[-2] if op in SECOND_FACTOR else 0
+        self.products += operations
         for level in LEVELS:
             if is_kept(level, self.hidden_size, op, args):
                 self.kept[level] += size
+                self.products_kept[level] += operations
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
@@ -167,15 +181,16 @@ class _Recorder(TorchDispatchMode):
 class _AttentionRecorder(TorchFunctionMode):
     """Attention as one operation: without a device, PyTorch would write out its products."""
 
-    def __init__(self, recorder: _Recorder):
+    def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        query = args[0] if args else kwargs["query"]
+        query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
         with torch._C.DisableTorchFunction():
             result = torch.empty_like(query)
+        self.recorder.attention += 4 * query.numel() * key.shape[-2]  # [B, heads, tokens, dim]: scores, and values
         self.recorder.count(result, aten._scaled_dot_product_flash_attention.default)
         return result

@@ -24,7 +24,7 @@ from editrl.cache import ConditionsCache
 from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
-from editrl.speed import prepare_transformer, quantize_blocks, repeated_blocks
+from editrl.speed import park_frozen_modules, prepare_transformer, quantize_blocks, repeated_blocks
 from editrl.trainers import zero, zero_checkpoint
 from editrl.trainers.config import FlowConfig
 
@@ -87,8 +87,11 @@ class FlowTrainer(Trainer):
         if is_deepspeed_zero3_enabled():
             zero.require_whole(self.frozen_modules())
             zero.mark_leaf_blocks(self.model)
-        for module in self.frozen_modules():
-            module.to(args.device)
+        if args.park_frozen:
+            park_frozen_modules(policy, args.device)
+        else:
+            for module in self.frozen_modules():
+                module.to(args.device)
         self.model_accepts_loss_kwargs = False  # losses are means over a micro-batch
         self._means: dict[str, list] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)

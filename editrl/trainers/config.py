@@ -55,6 +55,13 @@ class FlowConfig(TrainingArguments):
         default=False,
         metadata={"help": "Round the frozen weights under LoRA to FP8, for sampling and training alike (H100 and up)."},
     )
+    park_frozen: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the frozen models (VLM, VAE) in pinned host memory while they are not used. Frees GPU memory "
+            "for activations; each use costs a transfer."
+        },
+    )
     conditions_cache: str | None = field(
         default=None,
         metadata={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -107,6 +107,9 @@ class HunyuanVideoPolicy(FlowPolicy):
     def frozen_modules(self) -> list[nn.Module]:
         instructor = None if self.instructor is None else self.instructor.model
         return [module for module in (self.vae, instructor, self.text_encoder) if module is not None]
+
+    def decoding_modules(self) -> list[nn.Module]:
+        return [self.vae]
 
     def settings(self) -> dict:
         """What `editor.json` holds."""
@@ -317,6 +320,15 @@ class HunyuanVideoPolicy(FlowPolicy):
         from editrl.policies.hunyuan_video.loading import load_parts
 
         return cls(**load_parts(path, **options))
+
+    @classmethod
+    def sketch(
+        cls, path: str, frames: int, height: int, width: int, transformer: str | None = None, **options
+    ) -> tuple[nn.Module, Callable[[torch.dtype], tuple], str]:
+        from editrl.policies.hunyuan_video.sketch import block_inputs, sketch_transformer
+
+        model, source = sketch_transformer(transformer, path)
+        return model, lambda dtype: block_inputs(model, frames, height, width, dtype), source
 
     def fingerprint(self) -> str:
         reference = [self.reference_position != "none", self.reference_noise]

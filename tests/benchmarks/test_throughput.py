@@ -26,6 +26,20 @@ def test_an_edit_is_measured_part_by_part(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_whole_grpo_step_is_measured_by_phase(tmp_path):
+    command = [sys.executable, "-m", "editrl.benchmarks.throughput.grpo", *TINY[:4], "--variant", "baseline"]
+    command += ["--members", "2", "--inference_steps", "10", "--steps", "1"]
+    command += ["--folder", str(tmp_path / "editor"), "--out", str(tmp_path / "grpo.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [(name, figure)] = json.loads((tmp_path / "grpo.json").read_text())["variants"].items()
+    assert name == "baseline"
+    assert figure["phases"].keys() == {f"seconds/{phase}" for phase in ("rollout", "decode", "reward", "train")}
+    assert figure["seconds"] == pytest.approx(sum(figure["phases"].values()), abs=0.01)
+    assert figure["ratio_deviation"] == [0]
+
+
+@pytest.mark.slow
 def test_steps_are_measured_beside_their_baseline(tmp_path):
     command = [sys.executable, "-m", "editrl.benchmarks.throughput.steps", *TINY[:4], "--repeats", "1"]
     done = subprocess.run([*command, "--out", str(tmp_path / "steps.json")], capture_output=True, text=True)

@@ -30,6 +30,15 @@ def test_kept_activations_change_nothing(grpo, sft, weights):
                 torch.testing.assert_close(weights(trainer)[name], value, rtol=0, atol=1e-5)
 
 
+def test_parked_models_change_nothing(grpo, fresh_policy, weights, equal):
+    trained = []
+    for park in (False, True):
+        trainer = grpo([brightness], policy=fresh_policy(), park_frozen=park)
+        trainer.train()
+        trained.append(weights(trainer))
+    assert equal(*trained)
+
+
 def test_merged_adapters_sample_and_are_gone_afterwards(grpo, updates, bfloat16_policy):
     frozen = {n: p.clone() for n, p in bfloat16_policy.transformer.named_parameters()}
     trainer = grpo([brightness], policy=bfloat16_policy, bf16=True, merge_adapter=True, max_steps=3)

@@ -1,0 +1,157 @@
+"""Whole GRPO steps at real size: `python -m editrl.benchmarks.throughput.grpo --size full --variant ours --out FILE`.
+
+Rollout, decoding, rewards and update of one group, as `editrl grpo` runs them: 13B editor with LLaVA-8B and the VAE,
+CLIP-L and CLIP-H as rewards, all with random weights. Seconds of each phase and peak memory, of the last step.
+
+Figures of a variant are added to the file, so call it once for each; `baseline` is diffusers and PEFT as they come:
+eager, attention mask, checkpointing. Several GPUs, once one process has written the weights:
+`torchrun --nproc_per_node 2 -m editrl.benchmarks.throughput.grpo --deepspeed zero2 ...`.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+import editrl
+from editrl.benchmarks.algorithms.learning import machine, write_json
+from editrl.benchmarks.throughput.edit import CLIP
+from editrl.benchmarks.throughput.models import write_editor, write_rewards
+from editrl.benchmarks.throughput.steps import GIB, LAYERS
+
+VARIANTS = {
+    "baseline": {"gradient_checkpointing": True},
+    "ours": {"compile_blocks": True, "activation_memory": "auto", "merge_adapter": True},
+    "ours, FP8 base": {"compile_blocks": True, "activation_memory": "auto", "fp8_base": True},
+}
+WINDOW = 4
+
+
+def examples(size: str) -> editrl.EditDataset:
+    """Two clips of noise, with what the rewards ask for."""
+    frames, height, width = CLIP[size]
+    generator = torch.Generator().manual_seed(0)
+    row = {
+        "instruction": "make the red circle blue",
+        "source_caption": "a red circle",
+        "target_caption": "a blue circle",
+    }
+    clips = [torch.rand(frames, 3, height, width, generator=generator) for _ in range(2)]
+    return editrl.EditDataset([row | {"id": str(index), "source": clip} for index, clip in enumerate(clips)])
+
+
+def trainer(options: argparse.Namespace, folder: str) -> editrl.FlowGRPOTrainer:
+    """Of one group a process and step; every clip a micro-batch, one update a rollout."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = options.device == "cuda"
+    args = editrl.FlowGRPOConfig(
+        output_dir=folder,
+        max_steps=options.steps,
+        num_generations=options.members,
+        generation_batch_size=options.members * processes,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=options.members * WINDOW,
+        num_inference_steps=options.inference_steps,
+        sde_window_size=WINDOW,
+        loss_type="grpo_guard",
+        shift=5.0,
+        bf16=cuda,
+        use_cpu=not cuda,
+        deepspeed=options.deepspeed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        watchdog="off",
+        **settings(options),
+    )
+    policy = editrl.load_policy(
+        "hunyuan_video",
+        str(options.folder),
+        dtype="bfloat16" if cuda else "float32",
+        device=args.device,
+    )
+    if options.variant == "baseline":
+        policy.compact = lambda conditions: conditions  # which keeps the mask
+    clip, pickscore = (
+        {"model": str(options.folder / name), "num_frames": 8, "dtype": "bfloat16" if cuda else "float32"}
+        for name in ("clip", "pickscore")
+    )
+    rewards = {"clip_instruction": clip, "clip_source_fidelity": clip, "pickscore": pickscore}
+    return editrl.FlowGRPOTrainer(
+        policy,
+        editrl.RewardSet(list(rewards), kwargs=rewards),
+        args,
+        examples(options.size),
+        peft_config=LoraConfig(r=64, lora_alpha=256, target_modules=LAYERS),
+    )
+
+
+def settings(options: argparse.Namespace) -> dict:
+    """The variant's fields; without a GPU a fixed budget, since there is none to ask."""
+    fields = dict(VARIANTS[options.variant])
+    if options.device == "cpu" and "activation_memory" in fields:
+        fields["activation_memory"] = "1"
+    return fields
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train a few steps and write what the last one took."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = trainer(options, folder)
+        made.train()
+    logs = [log for log in made.state.log_history if "loss" in log]
+    if not made.is_world_process_zero():
+        return
+    phases = {name: round(value, 3) for name, value in logs[-1].items() if name.startswith("seconds/")}
+    figure = {
+        "seconds": round(sum(phases.values()), 3),
+        "phases": phases,
+        "first_step_seconds": round(sum(v for name, v in logs[0].items() if name.startswith("seconds/")), 1),
+        "ratio_deviation": [log["ratio/deviation"] for log in logs],
+        "clips": options.members * made.args.world_size,
+        "inference_steps": options.inference_steps,
+    }
+    if options.device == "cuda":
+        figure["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 1)
+    name = options.variant + (f", {options.deepspeed} on {made.args.world_size}" if options.deepspeed else "")
+    result = {"settings": {"size": options.size, "window": WINDOW}, "machine": machine(options.device), "variants": {}}
+    if options.out.exists():
+        result = json.loads(options.out.read_text())
+    result["variants"][name] = figure
+    write_json(options.out, result)
+    print(json.dumps({name: figure}, indent=1))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = options.add_argument
+    add("--size", choices=list(CLIP), default="full")
+    add("--variant", choices=list(VARIANTS), default="ours")
+    add("--out", type=Path, required=True)
+    add("--folder", type=Path, default=Path("editor"), help="where the random weights are written (full: 47 GB)")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--deepspeed", help="a named configuration, such as zero2; under a launcher")
+    add("--members", type=int, default=8, help="clips a group, and one group a process")
+    add("--inference_steps", type=int, default=20)
+    add("--steps", type=int, default=2, help="the last is reported; the first one compiles")
+    parser, options = options, options.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not (options.folder / "pickscore" / "config.json").exists():
+            parser.error(f"'{options.folder}' holds no weights yet; run one process first, which writes them")
+    else:
+        write_editor(
+            options.folder,
+            options.size,
+            options.device,
+            getattr(torch, "bfloat16" if options.device == "cuda" else "float32"),
+        )
+        write_rewards(options.folder, options.size, options.device)
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

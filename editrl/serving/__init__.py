@@ -1,0 +1,1 @@
+"""Rewards over HTTP: the messages, and the server. The client is the reward `remote`."""

@@ -1,0 +1,167 @@
+"""`editrl serve-reward`, asked over HTTP: who gets in, how much, and what it says when something is wrong."""
+
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+
+from editrl.cli import main
+from editrl.serving.messages import pack
+
+TOKEN = {"Authorization": "Bearer sesame seven"}
+
+
+def request(count: int = 1, **columns) -> bytes:
+    return pack({"videos": [torch.rand(1, 3, 4, 4)] * count, **columns}, "r1")
+
+
+# -- what it says of itself --------------------------------------------------------------------------------------------
+
+
+def test_health_says_what_to_send(server):
+    health = httpx.get(f"{server.url}/health").json()
+    assert health["name"] == "steered" and health["ready"] is True and health["requires"] == []
+    assert health["columns"] == ["masks", "orders", "source_videos", "videos"]
+    assert health["max_body_bytes"] == 512_000_000
+
+
+def test_metrics_count_what_was_asked(server):
+    def value(name: str) -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return float(next((line.split()[-1] for line in lines if line.startswith(f"editrl_reward_{name}")), 0))
+
+    ok, bad = 'requests_total{reward="steered",status="200"}', 'requests_total{reward="steered",status="400"}'
+    before = [value(name) for name in (ok, bad, "samples_total", "errors_total", "seconds_total")]
+    assert httpx.post(f"{server.url}/score", content=request(3)).status_code == 200
+    assert httpx.post(f"{server.url}/score", content=b"?").status_code == 400
+    assert httpx.post(f"{server.url}/score", content=request(orders=["raise"])).status_code == 500
+    after = [value(name) for name in (ok, bad, "samples_total", "errors_total", "seconds_total")]
+    assert [b - a for a, b in zip(before, after, strict=True)][:4] == [1, 1, 3, 1]
+    assert after[4] > before[4]
+    assert value("in_flight") == value("waiting") == 0
+
+
+# -- who gets in -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/score"])
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "sesame seven", "Bearer sesame seve", "Bearer sésame seven"])
+def test_without_the_token_nobody_gets_in(guarded, path, header):
+    headers = {} if header is None else {"Authorization": header.encode()}
+    answer = httpx.request("POST" if path == "/score" else "GET", guarded.url + path, headers=headers)
+    assert answer.status_code == 401
+    assert answer.json()["detail"].endswith("got none" if header is None else "got another")
+
+
+def test_with_the_token_everybody_does(guarded):
+    assert httpx.get(f"{guarded.url}/health", headers=TOKEN).status_code == 200
+    assert httpx.post(f"{guarded.url}/score", headers=TOKEN, content=request()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: give a token"),
+        (["--host", "::"], "--host :: lets other machines in"),
+        (["--token-env", "NOWHERE"], "the variable NOWHERE is empty or not set"),
+        (["--token-file", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--token-env", "FOREIGN"], "holds what no HTTP header can"),
+        (["--token-env", "A", "--token-file", "b"], "give one"),
+        (["--kwargs", "model"], "'model' is no mapping"),
+        (["--kwargs", "a=1", "b"], "'b' is no key=value"),
+        (["--kwargs", "{a: 1, a: 2}"], "'a' is on line 1 already"),
+        (["--kwargs", "speed=1"], "unexpected keyword argument 'speed'"),
+        (["--host", "no.such.host.invalid", "--open"], "cannot listen there"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(reward_file, capsys, monkeypatch, words, phrase):
+    monkeypatch.setenv("FOREIGN", "sésame")
+    assert main(["serve-reward", f"{reward_file}:Captioned", "--device", "cpu", "--port", "0", *words]) == 2
+    error = capsys.readouterr().err
+    assert phrase in error and error.count("\n") == 1
+
+
+def test_a_port_in_use_is_told(server, reward_file, capsys):
+    assert main(["serve-reward", f"{reward_file}:steered", "--port", str(server.port)]) == 2
+    assert "cannot listen there" in capsys.readouterr().err
+
+
+# -- how much ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_over_the_limit_is_refused_and_never_in_memory(guarded, announced):
+    chunk = bytes(1 << 20)
+    headers = TOKEN | ({"Content-Length": str(100 << 20)} if announced else {})
+    before = guarded.peak_memory()
+    answer = httpx.post(f"{guarded.url}/score", headers=headers, content=(chunk for _ in range(100)), timeout=60)
+    assert answer.status_code == 413
+    assert "larger than 1000000 bytes" in answer.json()["detail"]
+    assert guarded.peak_memory() - before < 30
+
+
+def test_where_the_queue_is_full_clients_are_told_to_come_back(guarded):
+    """One is scored, one is decoded, one waits; no other may."""
+    with ThreadPoolExecutor(6) as pool:
+        body = request(orders=[0.5])
+        answers = list(pool.map(lambda _: httpx.post(f"{guarded.url}/score", headers=TOKEN, content=body), range(6)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 3 + [503] * 3
+    assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_malformed_body_is_told_why(server):
+    answer = httpx.post(f"{server.url}/score", content=request()[:-3])
+    assert answer.status_code == 400 and "is no safetensors file" in answer.json()["detail"]
+
+
+def test_a_reward_that_raises_tells_the_client_a_line_and_the_log_the_rest(server):
+    answer = httpx.post(f"{server.url}/score", content=request(2, ids=["a", "b"], orders=[None, "raise"]))
+    assert answer.status_code == 500
+    detail = answer.json()["detail"]
+    assert detail == ("reward 'steered' failed on sample 0 (id 'a') to sample 1 (id 'b'): KeyError: 'no such face'")
+    log = server.log_file.read_text()
+    assert "request r1 failed" in log and "Traceback" in log and 'raise KeyError("no such face")' in log
+
+
+def test_nan_never_leaves(server):
+    answer = httpx.post(f"{server.url}/score", content=request(2, orders=[None, "nan"]))
+    assert answer.status_code == 500 and "returned nan for sample 1" in answer.json()["detail"]
+    answer = httpx.post(f"{server.url}/score", content=request(2, orders=[None, "none"]))
+    assert answer.status_code == 200 and answer.json()["scores"][1] is None
+
+
+def test_a_request_whose_client_left_is_not_scored(server):
+    url = f"{server.url}/score"
+
+    def samples() -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return float(next(line.split()[-1] for line in lines if line.startswith("editrl_reward_samples_total")))
+
+    before = samples()
+    busy = threading.Thread(target=httpx.post, args=(url,), kwargs={"content": request(orders=[1.0])})
+    busy.start()
+    time.sleep(0.2)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, content=request(5), timeout=0.2)
+    busy.join()
+    assert httpx.post(url, content=request()).status_code == 200
+    assert samples() - before == 2
+
+
+def test_sigterm_answers_what_is_in_progress_and_then_ends(serve, reward_file):
+    ending = serve(f"{reward_file}:steered", "--columns", "orders")
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(httpx.post, f"{ending.url}/score", content=request(orders=[1.0]))
+        time.sleep(0.4)
+        ending.process.send_signal(signal.SIGTERM)
+        assert answer.result().status_code == 200
+    assert ending.process.wait(10) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{ending.url}/health")
