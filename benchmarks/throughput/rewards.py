@@ -1,9 +1,10 @@
 """What scoring a rollout costs: `python -m editrl.benchmarks.throughput.rewards --size full --out FILE`.
 
-Eight edits of one clip of 33 frames of 480x832, and the three rewards of VIVA: CLIP-L for instruction and source, CLIP-H
-as PickScore's, with random weights. The baseline computes each reward by itself, clip after clip, with transformers' image
-processor, as one would write it down; ours is a `RewardSet`. Both give the same scores, up to the dtype and to the image
-processor's rounding to grey levels; the largest differences are in the result. `--size tiny` is the same on a CPU.
+Eight edits of one clip of 33 frames of 480x832, and the three rewards of VIVA: CLIP-L for instruction and source,
+CLIP-H as PickScore's, with random weights. The baseline computes each reward by itself, clip after clip, with the image
+processor of transformers, as one would write it down; ours is a `RewardSet`. Both give the same scores, up to the dtype
+and to the image processor's rounding to grey levels; the largest differences are in the result. `--size tiny` is the
+same on a CPU.
 """
 
 import argparse
