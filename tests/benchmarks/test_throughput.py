@@ -40,6 +40,16 @@ def test_a_whole_grpo_step_is_measured_by_phase(tmp_path):
 
 
 @pytest.mark.slow
+def test_both_ways_of_scoring_give_the_same_scores(tmp_path):
+    command = [sys.executable, "-m", "editrl.benchmarks.throughput.rewards", *TINY[:4], "--samples", "3"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "rewards.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "rewards.json").read_text())
+    assert result["figures"]["ours"]["seconds"] > 0
+    assert all(difference < 2e-3 for difference in result["largest_difference"].values()), "grey levels are 4e-3"
+
+
+@pytest.mark.slow
 def test_steps_are_measured_beside_their_baseline(tmp_path):
     command = [sys.executable, "-m", "editrl.benchmarks.throughput.steps", *TINY[:4], "--repeats", "1"]
     done = subprocess.run([*command, "--out", str(tmp_path / "steps.json")], capture_output=True, text=True)
