@@ -31,8 +31,19 @@ class Aesthetic(BackboneReward):
 
     name = "aesthetic"
 
-    def __init__(self, weights: str | None = None, model: str = "openai/clip-vit-large-patch14", **kwargs):
-        super().__init__(model, **kwargs)
+    def __init__(
+        self,
+        weights: str | None = None,
+        model: str = "openai/clip-vit-large-patch14",
+        *,
+        num_frames: int | None = None,
+        dtype: str = "float32",
+        frames_per_forward: int = 256,
+        processor: str | None = None,
+    ):
+        super().__init__(
+            model, num_frames=num_frames, dtype=dtype, frames_per_forward=frames_per_forward, processor=processor
+        )
         self.head = read_head(weights)
 
     def __call__(self, videos: Sequence[Tensor], cache: dict | None = None, **kwargs) -> list[float]:

@@ -35,8 +35,19 @@ class ClipInstruction(BackboneReward):
 
     name = "clip_instruction"
 
-    def __init__(self, model: str = "openai/clip-vit-large-patch14", *, form: str = "delta", **kwargs):
-        super().__init__(model, **kwargs)
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        *,
+        form: str = "delta",
+        num_frames: int | None = None,
+        dtype: str = "float32",
+        frames_per_forward: int = 256,
+        processor: str | None = None,
+    ):
+        super().__init__(
+            model, num_frames=num_frames, dtype=dtype, frames_per_forward=frames_per_forward, processor=processor
+        )
         if form not in FORMS:
             near = did_you_mean(str(form), FORMS)
             raise EditrlError(f"form of clip_instruction is {form!r}: choose one of {', '.join(FORMS)}.{near}")

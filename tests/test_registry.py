@@ -318,4 +318,6 @@ def test_registered_rewards_are_listed_with_their_line():
 def test_our_own_plugins_are_listed_by_module_and_by_name_without_torch():
     code = "import sys, editrl\nprint(*(e.origin for e in editrl.list_rewards()))\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["editrl.rewards.clip", "editrl.rewards.clip", "editrl.rewards.pickscore"]
+    origins = result.stdout.split()
+    assert {"editrl.rewards.clip", "editrl.rewards.pickscore"} <= set(origins)
+    assert all(origin.startswith("editrl.rewards.") for origin in origins)
