@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from editrl.cli.arguments import RewardArguments
 from editrl.errors import EditrlError
 from editrl.registry import load_reward, register_reward
 from editrl.reward import RewardSet
@@ -173,6 +174,24 @@ def test_the_decorator_takes_options_and_bound_arguments_keep_them():
     assert RewardOptions.of("x", load_reward("ranked_by_decorator", power=2), {}).groupwise
     assert RewardSet(["ranked_by_decorator"], kwargs={"ranked_by_decorator": {"power": 2}}).groupwise
     assert RewardOptions.of("x", ranked, {"frames": 4}).frames == 4  # a recipe has the last word
+
+
+def test_a_recipe_gives_options_by_name_for_rewards_and_metrics(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def one(videos):\n    return [0.0] * len(videos)\n\n\n"
+        "def two(videos):\n    return [float(len(videos))] * len(videos)\n"
+    )
+    arguments = RewardArguments(
+        reward_funcs=[f"{tmp_path / 'mine.py'}:one"],
+        metric_funcs=[f"{tmp_path / 'mine.py'}:two"],
+        reward_options={"one": {"groupwise": True}, "two": {"batch_size": 2}},
+    )
+    rewards, metrics = arguments.load([{"start": 1.0, "end": 0.5, "steps": 10}])
+    assert rewards.groupwise == ["one"] and rewards.weights_at(10).tolist() == [0.5]
+    assert metrics(clips(0, 0, 0), {})[:, 0].tolist() == [2, 2, 1]
+    arguments.reward_options["tow"] = {"batch_size": 2}
+    with pytest.raises(EditrlError, match="reward options for 'tow'"):
+        arguments.load(None)
 
 
 @pytest.mark.parametrize(
