@@ -383,9 +383,13 @@ def test_groupwise_rewards_and_scheduled_weights(grpo, updates):
         return [float(sorted(means).index(mean)) for mean in means]
 
     rank.groupwise = True
-    trainer = grpo([rank, redness], reward_weights=[1.0, {"start": 1.0, "end": 0.0, "steps": 2}])
+    fading = {"start": 1.0, "end": 0.0, "steps": 2}
+    held_out = EditDataset(rows(sample_scenes(2, seed=1)))
+    trainer = grpo([rank, redness], reward_weights=[1.0, fading], evaluate=held_out)
     trainer.train()
     assert sizes == [MEMBERS] * 4  # two updates of two groups
+    trainer.evaluate()
+    assert sizes[4:] == [1, 1]  # there each clip is a group
     assert [log["rewards/redness/weight"] for log in updates(trainer)] == [1.0, 0.5]
     assert updates(trainer)[0]["rewards/rank/mean"] == pytest.approx(1.5)
 
