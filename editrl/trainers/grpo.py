@@ -23,7 +23,7 @@ from editrl.flow import PolicyLoss, get_kernel, group_advantages, sigma_schedule
 from editrl.policy import Conditions, FlowPolicy
 from editrl.reward import RewardSet, reward_columns
 from editrl.rollout import edit_examples
-from editrl.trainers import zero
+from editrl.trainers import outage, zero
 from editrl.trainers.base import FlowTrainer
 from editrl.trainers.chunk import Chunk, best_and_worst, select
 from editrl.trainers.groups import GroupSchedule
@@ -156,9 +156,10 @@ class FlowGRPOTrainer(FlowTrainer):
         return shuffled
 
     def train(self, *args, **kwargs):
-        """As `FlowTrainer.train`; always starts with a fresh rollout."""
+        """As `FlowTrainer.train`; starts with a fresh rollout. An `OutageError` of a reward leaves a checkpoint."""
         self._micro_step = 0
-        return super().train(*args, **kwargs)
+        with outage.saving(self):
+            return super().train(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -215,7 +216,7 @@ class FlowGRPOTrainer(FlowTrainer):
         """Score the clips, and compare them within their groups over all processes. Returns this process's [B]."""
         args, device = self.args, self.args.device
         columns = reward_columns(samples)
-        scores = self.rewards(videos, columns).to(device)
+        scores = outage.score(self, self.rewards, videos, columns).to(device)
         rewards = self.gather_clips(scores)
         group_ids = self.gather_clips(torch.tensor(groups, device=device))
         self._record_scores(self.rewards, rewards)
@@ -224,7 +225,7 @@ class FlowGRPOTrainer(FlowTrainer):
         weights = self.rewards.weights.to(device)
         self.record("reward", (rewards.nanmean(0).nan_to_num() * weights).sum())
         if self.watched is not None:
-            watched = self.gather_clips(self.watched(videos, columns).to(device))
+            watched = self.gather_clips(outage.score(self, self.watched, videos, columns).to(device))
             self._record_scores(self.watched, watched, "metrics")
         if args.watchdog != "off":
             for name, values in measure(videos, [sample.source for sample in samples]).items():
@@ -356,9 +357,11 @@ class FlowGRPOTrainer(FlowTrainer):
         videos = self.sample(dataset, mine)
         samples = [dataset[index] for index in mine]
         columns = reward_columns(samples)
-        scores = {"rewards": dict(zip(self.rewards.names, self.rewards(videos, columns).unbind(1), strict=True))}
-        if self.watched is not None:
-            scores["metrics"] = dict(zip(self.watched.names, self.watched(videos, columns).unbind(1), strict=True))
+        scores = {}
+        for kind, scorer in {"rewards": self.rewards, "metrics": self.watched}.items():
+            if scorer is not None:
+                values = outage.score(self, scorer, videos, columns)
+                scores[kind] = dict(zip(scorer.names, values.unbind(1), strict=True))
         if args.watchdog != "off":
             scores["watchdog"] = measure(videos, [sample.source for sample in samples])
         metrics = {}
