@@ -3,8 +3,9 @@
 A request is one safetensors file: its tensors are the clips, masks and images, its header carries everything else as
 JSON. Nothing is ever unpickled. A float32 tensor that is 8-bit values divided by 255, as every decoded file is, travels
 as uint8, a quarter of the size; whether it is, is tried bit by bit, so that any other tensor (a clip that a model made)
-travels as the float32 that it is. A lossy video codec would change scores, and zip gains little on float noise. A
-tensor that several samples share (the source of a group) travels once.
+travels as the float32 that it is. A lossy video codec would change scores, and zip gains little on float noise. The
+order of dimensions in memory goes along: sums over the same numbers in another order differ in the last bits. A tensor
+that several samples share (the source of a group) travels once.
 """
 
 import json
@@ -34,6 +35,7 @@ def pack(columns: dict[str, Sequence], request_id: str) -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     scaled: list[str] = []  # those that are 8-bit values / 255
+    orders: dict[str, list[int]] = {}  # of those whose dimensions lie in memory in another order: which comes first
     known: dict[int, str] = {}  # id of a tensor -> its name in the file
     references: dict[str, list[str | None]] = {}
     values: dict[str, list] = {}
@@ -41,7 +43,10 @@ def pack(columns: dict[str, Sequence], request_id: str) -> bytes:
     def name_of(tensor: Tensor) -> str:
         if id(tensor) not in known:
             name = known[id(tensor)] = str(len(known))
-            tensors[name], is_scaled = _smallest(tensor.detach().cpu().contiguous())
+            order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+            if order != sorted(order):
+                orders[name] = order
+            tensors[name], is_scaled = _smallest(tensor.detach().cpu().permute(order).contiguous())
             if is_scaled:
                 scaled.append(name)
         return known[id(tensor)]
@@ -57,7 +62,8 @@ def pack(columns: dict[str, Sequence], request_id: str) -> bytes:
             references[column] = [None if entry is None else name_of(entry) for entry in entries]
         else:
             values[column] = list(entries)
-    message = {"version": VERSION, "request_id": request_id, "tensors": references, "scaled": scaled, "values": values}
+    message = {"version": VERSION, "request_id": request_id, "tensors": references, "values": values}
+    message |= {"scaled": scaled, "orders": orders}
     try:
         header = json.dumps(message, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -78,11 +84,15 @@ def unpack(body: bytes) -> tuple[dict[str, list], str]:
         raise EditrlError(f"the body is no safetensors file: {error}") from error
     if message.get("version") != VERSION:
         raise EditrlError(f"the request is of version {message.get('version')!r}, this server reads {VERSION}")
-    references, values, scaled = (_typed(message, key, kind) for key, kind in _PARTS.items())
+    references, values, scaled, orders = (_typed(message, key, kind) for key, kind in _PARTS.items())
     for name in scaled:
         if not isinstance(name, str) or name not in tensors or tensors[name].dtype != torch.uint8:
             raise EditrlError(f"'scaled' names {name!r}, which is no uint8 tensor of the body")
         tensors[name] = _scale(tensors[name])
+    for name, order in orders.items():
+        if name not in tensors or not _is_order(order, tensors[name].dim()):
+            raise EditrlError(f"'orders' says {order!r} of {name!r}, which is no order of its dimensions")
+        tensors[name] = tensors[name].permute([order.index(dim) for dim in range(len(order))])
     columns: dict[str, list] = {}
     for column, names in references.items():
         for name in _typed(references, column, list):
@@ -104,7 +114,7 @@ def check_token(token: str, where: str) -> str:
     return token
 
 
-_PARTS = {"tensors": dict, "values": dict, "scaled": list}
+_PARTS = {"tensors": dict, "values": dict, "scaled": list, "orders": dict}
 
 
 def _message(body: bytes) -> dict[str, Any]:
@@ -156,6 +166,11 @@ def _smallest(tensor: Tensor) -> tuple[Tensor, bool]:
 
 def _scale(tensor: Tensor) -> Tensor:
     return tensor.float() / 255
+
+
+def _is_order(order: Any, dimensions: int) -> bool:
+    """Whether `order` has each of the dimensions once."""
+    return isinstance(order, list) and all(type(dim) is int for dim in order) and sorted(order) == [*range(dimensions)]
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from editrl.flow import PolicyLoss, get_kernel, sigma_schedule
 from editrl.policy import Conditions, FlowPolicy
 from editrl.reward import RewardSet, reward_columns
 from editrl.rollout import edit_examples
-from editrl.trainers import zero
+from editrl.trainers import outage, zero
 from editrl.trainers.base import FlowTrainer
 from editrl.trainers.chunk import Chunk, best_and_worst, select
 from editrl.trainers.groups import GroupSchedule
@@ -160,9 +160,10 @@ class FlowGRPOTrainer(FlowTrainer):
         return shuffled
 
     def train(self, *args, **kwargs):
-        """As `FlowTrainer.train`; always starts with a fresh rollout."""
+        """As `FlowTrainer.train`; starts with a fresh rollout. An `OutageError` of a reward leaves a checkpoint."""
         self._micro_step = 0
-        return super().train(*args, **kwargs)
+        with outage.saving(self):
+            return super().train(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -328,7 +329,8 @@ class FlowGRPOTrainer(FlowTrainer):
         scores = {}
         for kind, scorer in (("rewards", self.rewards), ("metrics", self.watched)):
             if scorer is not None:  # an evaluated clip is a group by itself
-                scores[kind] = dict(zip(scorer.names, scorer(videos, columns, places).unbind(1), strict=True))
+                values = outage.score(self, scorer, videos, columns, places)
+                scores[kind] = dict(zip(scorer.names, values.unbind(1), strict=True))
         if args.watchdog != "off":
             scores["watchdog"] = measure(videos, [sample.source for sample in samples])
         metrics = {}

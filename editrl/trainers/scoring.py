@@ -13,6 +13,7 @@ from editrl.errors import EditrlError
 from editrl.flow import group_advantages, reward_shares, zero_std_groups
 from editrl.reward import RewardSet, reward_columns
 from editrl.reward_weights import read_schedule
+from editrl.trainers import outage
 from editrl.trainers.grpo_config import FlowGRPOConfig
 from editrl.watchdog import measure
 
@@ -52,7 +53,7 @@ def _timed(
     trainer: FlowGRPOTrainer, scorer: RewardSet, videos: list[Tensor], columns: dict[str, list], groups: list[int]
 ) -> Tensor:
     """This process's scores, [B, K] on its device; what each reward took goes into `seconds/reward/<name>`."""
-    scores = scorer(videos, columns, groups)
+    scores = outage.score(trainer, scorer, videos, columns, groups)
     for name, seconds in scorer.seconds.items():
         trainer._seconds[f"reward/{name}"] += seconds
     return scores.to(trainer.args.device)
