@@ -165,3 +165,16 @@ def test_sigterm_answers_what_is_in_progress_and_then_ends(serve, reward_file):
     assert ending.process.wait(10) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{ending.url}/health")
+
+
+def test_sigterm_does_not_wait_for_a_reward_that_hangs_and_tells_clients_to_come_back(serve, reward_file):
+    """503, which is tried again elsewhere or later; 500 would end the run that asked."""
+    hanging = serve(f"{reward_file}:steered", "--columns", "orders", "--grace", 1)
+    with ThreadPoolExecutor() as pool:
+        answers = []
+        for orders in ([3600.0], [None], [None], [None]):  # one is scored, one decoded, two wait
+            answers.append(pool.submit(httpx.post, f"{hanging.url}/score", content=request(orders=orders), timeout=30))
+            time.sleep(0.2)
+        hanging.process.send_signal(signal.SIGTERM)
+        assert [answer.result().status_code for answer in answers] == [503] * 4
+    assert hanging.process.wait(10) == 0
