@@ -318,4 +318,4 @@ def test_registered_rewards_are_listed_with_their_line():
 def test_our_own_plugins_are_listed_by_module_and_by_name_without_torch():
     code = "import sys, editrl\nprint(*(e.origin for e in editrl.list_rewards()))\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["editrl.rewards.clip", "editrl.rewards.clip", "editrl.rewards.pickscore"]
+    assert result.stdout.split() == [f"editrl.rewards.{name}" for name in ("clip", "clip", "pickscore", "remote")]
