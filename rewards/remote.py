@@ -123,14 +123,13 @@ class Remote:
         ]
         self._answered = time.monotonic()
         stop = threading.Event()  # a part that failed ends the waiting of the others
-        with ThreadPoolExecutor(self.max_in_flight) as pool:
+        pool = ThreadPoolExecutor(self.max_in_flight)
+        try:
             answers = [pool.submit(self._score, part, stop) for part in parts]
-            try:
-                return [score for answer in answers for score in answer.result()]
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            return [score for answer in answers for score in answer.result()]
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _score(self, columns: dict[str, list], stop: threading.Event) -> list[float | None]:
         """The scores of one request."""
@@ -176,7 +175,7 @@ class Remote:
             return tries or (stop is not None and stop.is_set()) or self._silence() >= limit
 
         def pause(state: tenacity.RetryCallState) -> float:
-            growing = tenacity.wait_random_exponential(multiplier=0.5, max=30)(state)
+            growing = tenacity.wait_random_exponential(multiplier=0.5, max=10)(state)
             left = max(limit - self._silence(), 0)
             return min(max(growing, state.outcome.exception().wait), left)
 

@@ -15,9 +15,6 @@ from typing import Any
 from editrl.cli.parser import CommandParser, number
 from editrl.errors import EditrlError
 
-STOP = 30
-"""Seconds that requests in progress get to end after SIGTERM."""
-
 
 def main(argv: list[str]) -> None:
     """Serve a reward over HTTP, for the reward `remote`."""
@@ -38,6 +35,9 @@ def main(argv: list[str]) -> None:
         *("--max_body_mb", "--max-body-mb"), type=number(float, above=0), default=512, help="of a request, in MB (512)"
     )
     parser.add_argument("--queue", type=number(int, least=1), default=64, help="requests that may wait (64)")
+    parser.add_argument(
+        "--grace", type=number(int, least=1), default=30, help="seconds to end requests in progress after SIGTERM (30)"
+    )
     serve(parser.parse_args(argv))
 
 
@@ -82,7 +82,7 @@ def serve(options: argparse.Namespace) -> None:
             access_log=False,
             log_level="warning",
             timeout_keep_alive=75,  # longer than clients keep idle connections
-            timeout_graceful_shutdown=STOP,
+            timeout_graceful_shutdown=options.grace,
         )
         door.listen(128)
         host, port = door.getsockname()[:2]

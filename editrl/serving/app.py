@@ -78,6 +78,9 @@ def create_app(service: RewardService, *, token: str | None, max_body: int, queu
             status = error.status_code
             await _drain(request)
             raise
+        except asyncio.CancelledError as error:  # the server stops, and does not wait any longer for the reward
+            status = 503  # uvicorn would say 500, which clients take for the reward's own failure
+            raise HTTPException(status, "the server is stopping", {"Retry-After": "1"}) from error
         except ClientDisconnect:
             status = 499  # as nginx calls it; there is nobody to tell
             raise HTTPException(status) from None

@@ -136,6 +136,7 @@ def test_the_next_endpoint_answers_for_one_that_is_away(server, nobody, clips, c
     assert remote.urls[remote._endpoint] == server.url  # and stays the first to be asked
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_costs_time_and_no_score(serve, reward_file, clips, caplog):
     caplog.set_level(logging.WARNING)
     videos = clips(60)
