@@ -29,6 +29,7 @@ VARIANTS = {
     "ours, FP8 base": {"compile_blocks": True, "activation_memory": "auto", "fp8_base": True},
 }
 WINDOW = 4
+PHASES = ("rollout", "decode", "reward", "train")
 
 
 def examples(size: str) -> editrl.EditDataset:
@@ -106,11 +107,13 @@ def run(options: argparse.Namespace) -> None:
     logs = [log for log in made.state.log_history if "loss" in log]
     if not made.is_world_process_zero():
         return
-    phases = {name: round(value, 3) for name, value in logs[-1].items() if name.startswith("seconds/")}
+    phases, first = (
+        {f"seconds/{phase}": round(log[f"seconds/{phase}"], 3) for phase in PHASES} for log in (logs[-1], logs[0])
+    )
     figure = {
         "seconds": round(sum(phases.values()), 3),
         "phases": phases,
-        "first_step_seconds": round(sum(v for name, v in logs[0].items() if name.startswith("seconds/")), 1),
+        "first_step_seconds": round(sum(first.values()), 1),
         "ratio_deviation": [log["ratio/deviation"] for log in logs],
         "clips": options.members * made.args.world_size,
         "inference_steps": options.inference_steps,

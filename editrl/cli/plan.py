@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
         """The recipe's, but that it asks for no GPU and starts no DeepSpeed: it is planned on any machine."""
 
         def __post_init__(self):
+            # Over all processes where it is given, else it follows from the sizes of one.
+            self.over_all = self.generation_batch_size is not None
             self.deepspeed, self.bf16, self.use_cpu = None, False, True
             super().__post_init__()
 
@@ -100,7 +102,9 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
     rates, gib = H200.scaled(machines.tflops), 2**30
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = 2 * sum(p.numel() for p in model.parameters()) / gib
-    clips = args.generation_batch_size / max(args.world_size, 1)
+    share = machines.gpus if args.over_all else 1
+    clips, trained_clips = args.generation_batch_size / share, args.trained_clips * args.num_iterations / share
+    batch = args.per_device_train_batch_size
     compiled = args.compile_blocks
     window = args.sde_window_size if args.on_window else 0
     plain = forward_seconds(base if args.merge_adapter else work, rates, compiled)
@@ -117,13 +121,15 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
             for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))
         }
         states = trained / gib * (12 / shards["optimizer"] + 4 / shards["gradients"]) + weights / shards["weights"]
-        for level in work.kept:
+        for level in work.kept if stage != "zero3" else ["none"]:  # which plans no activations
             step = training_seconds(work, rates, compiled, level) + reference
             step *= GATHERED_TRAINING if stage == "zero3" else 1
-            training = states + activation_gib(work, level) + (0.0 if args.park_frozen else resident)
-            decode = pixels * DECODE_BYTES / gib
-            sampling = states - weights / shards["weights"] + weights + merged + resident + decode
-            update = clips * (rollout + decoding + args.pairs_per_clip * step)
+            kept = batch * activation_gib(work, level)
+            training = states + kept + (0.0 if args.park_frozen else resident)
+            # The window of a compiled rollout runs with gradient; decoding comes afterwards.
+            more = max(pixels * DECODE_BYTES / gib, merged + (kept if compiled else 0.0))
+            sampling = states - weights / shards["weights"] + weights + resident + more
+            update = clips * (rollout + decoding) + trained_clips * args.pairs_per_clip * step
             rows.append(
                 Row(
                     stage,
@@ -138,7 +144,8 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
     notes = [
         f"shapes: {source}; {trained / 1e6:,.0f} M trained parameters, {weights:.1f} GiB of weights",
         f"a rollout of one clip: {rollout:.1f} s; clips a process and rollout: {clips:g}",
-        "rollout_gib holds the whole weights, as ds3_gather_for_rollout does; reward models are not counted",
+        "rollout_gib holds the whole weights, as ds3_gather_for_rollout does; not counted: reward models, the latent "
+        "frame of a reference image, what a shared prefix saves",
         f"rates of an H200 (719 TFLOP/s), scaled to {machines.tflops:g}; the blocks' activations at "
         f"{'the levels of activation_memory' if args.activation_memory else 'each level of activation_memory'}",
     ]

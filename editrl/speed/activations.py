@@ -17,7 +17,8 @@ between them is cheap, and is always computed again. So there are levels:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -141,11 +142,22 @@ def recorded(block: nn.Module, inputs: Sequence) -> Recorder:
     """What a forward of the block would compute; nothing is computed or allocated."""
     video, text = inputs[:2]
     recorder = Recorder(video.shape[-1], video.nbytes + text.nbytes)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), _uncached_autocast():
         arguments = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
         with recorder, _AttentionRecorder(recorder):
             block._call_impl(*arguments)
     return recorder
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Or autocast would keep the fake copies of the weights that it casts, and give them to the real forward."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 class Recorder(TorchDispatchMode):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from editrl.errors import EditrlError
@@ -73,8 +74,14 @@ def quantize_blocks(blocks: Iterable[nn.Module]) -> int:
 
     Modulations (`norm*`) stay as they are: they are small, and multiply everything. Before adapters are attached.
     """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise EditrlError(f"fp8_base: {torch.cuda.get_device_name()} multiplies no FP8, an H100 does; drop fp8_base")
     count = 0
     for block in blocks:
+        if any(isinstance(layer, LoraLayer) for layer in block.modules()):
+            raise EditrlError(
+                "fp8_base takes weights without an adapter; load the policy without adapter, or drop fp8_base"
+            )
         for name, layer in list(block.named_modules()):
             if type(layer) is not nn.Linear or name.startswith("norm"):
                 continue

@@ -22,14 +22,15 @@ class MergedAdapter:
     Only for steps that are not scored: merged weights are rounded otherwise than the sum of the two products.
 
     Args:
-        model: with LoRA layers on `nn.Linear`; others (convolutions, DoRA, FP8 base weights) are an `EditrlError`.
+        model: with LoRA layers on `nn.Linear`, its weights whole; others (convolutions, DoRA, a bias in LoRA, FP8 base
+            weights) are an `EditrlError`.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module):
         self.layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
         for layer in self.layers:
-            if type(layer.get_base_layer()) is not nn.Linear or layer.lora_variant:
+            if type(layer.get_base_layer()) is not nn.Linear or layer.lora_variant or any(layer.lora_bias.values()):
                 kind = type(layer.get_base_layer()).__name__
                 raise EditrlError(f"merge_adapter works for plain LoRA on linear layers, not on a {kind}; drop it")
         self.merged = [merged_weight(layer) for layer in self.layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from editrl.errors import EditrlError
 from editrl.speed.activations import BlockRunner
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 RESERVE = 0.05
@@ -35,8 +38,8 @@ def prepare_transformer(
     Args:
         compiled: compile the blocks, one by one and with one graph for all of a class (regional compilation).
         checkpointed: compute the activations of the blocks again in the backward pass.
-        activation_memory: GiB that the blocks' activations may take, or "auto": what the device has left at the first
-            training step. Instead of `checkpointed`.
+        activation_memory: GiB that the blocks' activations may take in one forward, or "auto": what the device has left
+            at the first forward with gradient. Instead of `checkpointed`.
         attention_backend: one of diffusers' attention backends, by name.
     """
     model = transformer.get_base_model() if isinstance(transformer, PeftModel) else transformer
@@ -53,6 +56,8 @@ def prepare_transformer(
     if compiled:
         # A graph each for: classes of blocks, levels of activations, with and without gradient, adapter on and off.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # DDP would have its own idea of where to cut a graph.
+        torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile()
 
@@ -68,8 +73,12 @@ def _budget(transformer: nn.Module, memory: float | str | None) -> int | Callabl
 
 
 def free_memory(transformer: nn.Module) -> int:
-    """Bytes of the current GPU that activations may take, once gradients and Adam's two moments are there."""
+    """Bytes of the current GPU that activations may take, once gradients and Adam's two moments (float32) are there."""
     free, total = torch.cuda.mem_get_info()
     reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    return max(int(free + reusable - 12 * trained - RESERVE * total), 0)
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    to_come = sum(parameter.numel() * (8 + 4 * (parameter.grad is None)) for parameter in trained)
+    left = max(int(free + reusable - to_come - RESERVE * total), 0)
+    if not left:
+        logger.warning("activation_memory auto: this GPU has nothing left, so everything is computed again")
+    return left

@@ -66,6 +66,11 @@ class FlowTrainer(Trainer):
                 "compile_blocks does not work with ZeRO-3, which swaps the weights; use ZeRO-2, or drop it"
             )
         memory = args.activation_memory
+        if memory is not None and (is_deepspeed_zero3_enabled() or args.context_parallel > 1):
+            raise EditrlError(
+                "activation_memory plans with whole weights and whole clips, so neither with ZeRO-3 nor with "
+                "context_parallel; use gradient_checkpointing"
+            )
         prepare_transformer(
             policy.transformer,
             compiled=args.compile_blocks,

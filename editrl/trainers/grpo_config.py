@@ -223,6 +223,10 @@ class FlowGRPOConfig(FlowConfig):
         require(
             not (self.merge_adapter and self.fp8_base), "FP8 weights take no adapter: drop merge_adapter or fp8_base"
         )
+        require(
+            not (self.compile_blocks and self.old_log_prob == "recompute"),
+            "with compile_blocks the rollout's window runs through the graph of training already: drop old_log_prob",
+        )
         if self.epsilon is None:
             self.epsilon = DEFAULT_EPSILON.get(self.loss_type)
         if self.timestep_weighting is None:

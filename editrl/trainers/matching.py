@@ -14,6 +14,7 @@ from editrl.flow import awm_loss, nft_loss, rwr_loss, velocity_kl
 from editrl.policy import Conditions
 from editrl.rollout import add_noise, counter_noise, sample_noise, training_sigmas
 from editrl.trainers.chunk import Chunk
+from editrl.trainers.sampling import sampling_model
 
 if TYPE_CHECKING:
     from editrl.trainers.grpo import FlowGRPOTrainer
@@ -61,7 +62,10 @@ def noised_batch(trainer: FlowGRPOTrainer, chunk: Chunk, draw: int, compared: Te
     old_velocity = None
     if needs_old_velocity(trainer):
         latents = add_noise(clean, noise, sigma)
-        old_velocity = trainer.policy.velocity(trainer.sampler.model, latents, sigma, chunk.conditions)
+        # Compiled, the graph of training is another than that without gradient, and rounds otherwise.
+        with torch.set_grad_enabled(args.compile_blocks):
+            model = sampling_model(trainer)
+            old_velocity = trainer.policy.velocity(model, latents, sigma, chunk.conditions).detach()
     return NoisedBatch(clean, noise, sigma, old_velocity, chunk.advantages, compared, chunk.conditions)
 
 

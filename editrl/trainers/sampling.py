@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from editrl.policy import Conditions
 from editrl.rollout import INITIAL, Trajectory, rollout, sample_noise
@@ -58,8 +58,7 @@ def sample_groups(
     starts = [0] * len(members) if args.same_init_noise else members
     first = window.start if args.same_init_noise and args.shared_prefix else 0
     prefix = shared_states(trainer, conditions, groups, first, size, settings) if first else None
-    # Not through DDP, which takes every forward with gradient for one of training.
-    model = trainer.accelerator.unwrap_model(trainer.sampler.model) if args.compile_blocks else trainer.sampler.model
+    model = sampling_model(trainer)
     trajectories = []
     for begin in range(0, len(groups), size):
         part = slice(begin, begin + size)
@@ -83,6 +82,13 @@ def sample_groups(
             )
         )
     return trajectories
+
+
+def sampling_model(trainer: FlowGRPOTrainer) -> nn.Module:
+    """What a rollout calls. Compiled, steps run with gradient, and not through DDP, which would take each of these
+    forwards for one of training."""
+    model = trainer.sampler.model
+    return trainer.accelerator.unwrap_model(model) if trainer.args.compile_blocks else model
 
 
 def contexts(trainer: FlowGRPOTrainer) -> dict[str, Callable]:

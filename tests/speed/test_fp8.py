@@ -97,3 +97,8 @@ def test_sizes_that_the_kernel_refuses_are_refused_first(transformer):
     model = transformer(lora=False, num_attention_heads=1, attention_head_dim=24, rope_axes_dim=(8, 8, 8))
     with pytest.raises(EditrlError, match="needs layers of multiples of 16"):
         quantize_blocks(repeated_blocks(model.requires_grad_(False)))
+
+
+def test_adapters_are_attached_afterwards(transformer):
+    with pytest.raises(EditrlError, match="takes weights without an adapter"):
+        quantize_blocks(repeated_blocks(transformer(lora=True)))

@@ -54,5 +54,8 @@ def test_what_is_no_plain_lora_is_refused():
     layers = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(EditrlError, match="merge_adapter works for plain LoRA on linear layers"):
         MergedAdapter(get_peft_model(layers, LoraConfig(r=2, target_modules=["0"], use_dora=True)))
+    with pytest.raises(EditrlError, match="merge_adapter works for plain LoRA"):
+        biased = LoraConfig(r=2, target_modules=["0"], lora_bias=True)
+        MergedAdapter(get_peft_model(nn.Sequential(nn.Linear(4, 4)), biased))
     with pytest.raises(EditrlError, match="not on a Conv1d"):
         MergedAdapter(get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(r=2, target_modules=["0"])))

@@ -30,6 +30,14 @@ def test_kept_activations_change_nothing(grpo, sft, weights):
                 torch.testing.assert_close(weights(trainer)[name], value, rtol=0, atol=1e-5)
 
 
+def test_kept_activations_under_autocast(grpo, updates, bfloat16_policy):
+    """Autocast keeps what it casts: counting a block's footprint must leave nothing behind."""
+    trainer = grpo([brightness], policy=bfloat16_policy, bf16=True, activation_memory="1")
+    trainer.train()
+    assert [log["ratio/deviation"] for log in updates(trainer)] == [0, 0]
+    assert all(log["grad_norm"] > 0 for log in updates(trainer))
+
+
 def test_parked_models_change_nothing(grpo, fresh_policy, weights, equal):
     trained = []
     for park in (False, True):
@@ -88,6 +96,7 @@ def test_compiled_blocks_start_with_a_ratio_of_one(grpo, updates):
         ({"activation_memory": "8", "gradient_checkpointing": True}, "drop gradient_checkpointing"),
         ({"torch_compile": True}, "use compile_blocks"),
         ({"merge_adapter": True, "fp8_base": True}, "drop merge_adapter"),
+        ({"compile_blocks": True, "old_log_prob": "recompute"}, "drop old_log_prob"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path, changes, message):
