@@ -1,8 +1,9 @@
 """Does a setting teach the shapes editor? One run: `python -m editrl.benchmarks.algorithms.learning --out FILE`.
 
 Starts from a shipped checkpoint, trains on fresh training scenes by any `loss_type`, and lets the oracle judge the
-editor on held-out scenes with fixed noise, before, during and after. `--reward random` is the control: what the optimizer does
-when there is nothing to learn. The file is written after every evaluation, so a run that is cut off keeps its results.
+editor on held-out scenes with fixed noise, before, during and after. `--reward random` is the control: what the
+optimizer does when there is nothing to learn. The file is written after every evaluation, so a run that is cut off
+keeps its results.
 """
 
 import argparse
