@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
     clip = (data_args.num_frames, data_args.height, data_args.width)
     if None in clip:
         raise EditrlError("`editrl plan` needs the size of the clips: give num_frames, height and width")
+    if not policy_args.use_peft:
+        raise EditrlError("`editrl plan` knows what LoRA takes, not what training all weights does; set use_peft")
     rows, notes = predict(policy_args, args, clip, machines)
     if machines.json:
         print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "notes": notes}, indent=2))

@@ -3,7 +3,7 @@
 from editrl.speed.activations import BlockRunner, block_function, footprint, plan_levels
 from editrl.speed.cost import H200, Rates, Work, activation_gib, forward_seconds, training_seconds
 from editrl.speed.fp8 import FP8Linear, quantize_blocks
-from editrl.speed.merge import MergedAdapter, merged_bytes
+from editrl.speed.merge import MergedAdapter
 from editrl.speed.parking import Parked, park_frozen_modules
 from editrl.speed.prepare import prepare_transformer, repeated_blocks
 
@@ -19,7 +19,6 @@ __all__ = [
     "block_function",
     "footprint",
     "forward_seconds",
-    "merged_bytes",
     "park_frozen_modules",
     "plan_levels",
     "prepare_transformer",

@@ -57,8 +57,3 @@ def merged_weight(layer: LoraLayer) -> Tensor:
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + sum(layer.get_delta_weight(name).to(wide) for name in adapters)).to(weight.dtype)
-
-
-def merged_bytes(model: nn.Module) -> int:
-    """Memory that `MergedAdapter` takes."""
-    return sum(layer.get_base_layer().weight.nbytes for layer in model.modules() if isinstance(layer, LoraLayer))

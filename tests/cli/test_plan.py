@@ -119,6 +119,7 @@ def test_the_shapes_of_an_editor_s_folder_are_used(capsys):
         (["--num_frames", "32"], "give 4k+1 frames"),
         (["--width", "830"], "multiples of 16"),
         (["--gpus", "0"], "gpus must be above 0"),
+        (["--use_peft", "false"], "knows what LoRA takes"),
     ],
 )
 def test_what_cannot_be_planned_says_why(capsys, options, message):
