@@ -70,9 +70,8 @@ def run(options: argparse.Namespace) -> dict:
     matmul_peak(steps)
     steps.build()
     prepare_transformer(steps.model, compiled=True, activation_memory=steps.free())
-    merged = MergedAdapter(steps.model)
 
-    def rollout(around):
+    def rollout(around=nullcontext):
         with torch.no_grad(), around():
             steps.velocity()
 
@@ -81,11 +80,11 @@ def run(options: argparse.Namespace) -> dict:
         steps.model.zero_grad(set_to_none=True)
 
     found = {
-        "rollout, merged adapter": kernels(steps, lambda: rollout(merged)),
-        "rollout": kernels(steps, lambda: rollout(nullcontext)),
+        "training, activation_memory auto": kernels(steps, training),
+        "rollout": kernels(steps, rollout),
     }
-    del merged
-    found["training, activation_memory auto"] = kernels(steps, training)
+    merged = MergedAdapter(steps.model)
+    found["rollout, merged adapter"] = kernels(steps, lambda: rollout(merged))
     result = {"settings": {"size": options.size}, "machine": machine(options.device)}
     return result | {"products": steps.figures, "steps": found}
 
