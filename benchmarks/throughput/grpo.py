@@ -12,24 +12,27 @@ import argparse
 import json
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 import editrl
 from editrl.benchmarks.algorithms.learning import machine, write_json
 from editrl.benchmarks.throughput.edit import CLIP
 from editrl.benchmarks.throughput.models import write_editor, write_rewards
-from editrl.benchmarks.throughput.steps import GIB, LAYERS
+from editrl.benchmarks.throughput.steps import GIB, LAYERS, stock_forward
 
+OURS = {"compile_blocks": True, "compile_vae": True, "activation_memory": "auto"}
 VARIANTS = {
     "baseline": {"gradient_checkpointing": True},
-    "ours": {"compile_blocks": True, "activation_memory": "auto", "merge_adapter": True},
-    "ours, FP8 base": {"compile_blocks": True, "activation_memory": "auto", "fp8_base": True},
+    "ours": OURS | {"merge_adapter": True},
+    "ours, FP8 base": OURS | {"fp8_base": True},
 }
 WINDOW = 4
-PHASES = ("rollout", "decode", "reward", "train")
+PHASES = ("seconds/rollout", "seconds/decode", "seconds/reward", "seconds/train")
 
 
 def examples(size: str) -> editrl.EditDataset:
@@ -49,6 +52,15 @@ def trainer(options: argparse.Namespace, folder: str) -> editrl.FlowGRPOTrainer:
     """Of one group a process and step; every clip a micro-batch, one update a rollout."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     cuda = options.device == "cuda"
+    # Before the arguments: ZeRO-3 would shard what is loaded after them.
+    policy = editrl.load_policy(
+        "hunyuan_video",
+        str(options.folder),
+        dtype="bfloat16" if cuda else "float32",
+        device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu",
+    )
+    if options.variant == "baseline":
+        policy.compact = lambda conditions: conditions  # which keeps the mask
     args = editrl.FlowGRPOConfig(
         output_dir=folder,
         max_steps=options.steps,
@@ -69,14 +81,6 @@ def trainer(options: argparse.Namespace, folder: str) -> editrl.FlowGRPOTrainer:
         watchdog="off",
         **settings(options),
     )
-    policy = editrl.load_policy(
-        "hunyuan_video",
-        str(options.folder),
-        dtype="bfloat16" if cuda else "float32",
-        device=args.device,
-    )
-    if options.variant == "baseline":
-        policy.compact = lambda conditions: conditions  # which keeps the mask
     clip, pickscore = (
         {"model": str(options.folder / name), "num_frames": 8, "dtype": "bfloat16" if cuda else "float32"}
         for name in ("clip", "pickscore")
@@ -92,41 +96,66 @@ def trainer(options: argparse.Namespace, folder: str) -> editrl.FlowGRPOTrainer:
 
 
 def settings(options: argparse.Namespace) -> dict:
-    """The variant's fields; without a GPU a fixed budget, since there is none to ask."""
+    """The variant's fields; without a GPU a fixed budget, since there is none to ask, and ZeRO-3 plans none."""
     fields = dict(VARIANTS[options.variant])
-    if options.device == "cpu" and "activation_memory" in fields:
+    if "activation_memory" in fields and options.deepspeed == "zero3":
+        del fields["activation_memory"]
+        fields["gradient_checkpointing"] = True
+    elif "activation_memory" in fields and options.device == "cpu":
         fields["activation_memory"] = "1"
     return fields
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train a few steps and write what the last one took."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = trainer(options, folder)
-        made.train()
-    logs = [log for log in made.state.log_history if "loss" in log]
-    if not made.is_world_process_zero():
-        return
-    phases, first = (
-        {f"seconds/{phase}": round(log[f"seconds/{phase}"], 3) for phase in PHASES} for log in (logs[-1], logs[0])
-    )
+class Figures(TrainerCallback):
+    """Adds the figures of the last step to the result, after every step."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.steps = options, []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        self.steps.append({name: logs[name] for name in [*PHASES, "ratio/deviation"]})
+        write_figure(self.options, self.steps, args.world_size)
+
+
+def write_figure(options: argparse.Namespace, steps: list[dict], processes: int) -> None:
+    """Add what the last step took to the figures of the file."""
+    last = {phase: round(steps[-1][phase], 3) for phase in PHASES}
     figure = {
-        "seconds": round(sum(phases.values()), 3),
-        "phases": phases,
-        "first_step_seconds": round(sum(first.values()), 1),
-        "ratio_deviation": [log["ratio/deviation"] for log in logs],
-        "clips": options.members * made.args.world_size,
+        "seconds": round(sum(last.values()), 3),
+        "phases": last,
+        "first_step_seconds": round(sum(steps[0][phase] for phase in PHASES), 1),
+        "ratio_deviation": [step["ratio/deviation"] for step in steps],
+        "clips": options.members * processes,
         "inference_steps": options.inference_steps,
     }
     if options.device == "cuda":
         figure["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 1)
-    name = options.variant + (f", {options.deepspeed} on {made.args.world_size}" if options.deepspeed else "")
+    name = options.variant + (f", {options.deepspeed} on {processes}" if options.deepspeed else "")
     result = {"settings": {"size": options.size, "window": WINDOW}, "machine": machine(options.device), "variants": {}}
     if options.out.exists():
         result = json.loads(options.out.read_text())
     result["variants"][name] = figure
+    baseline = result["variants"].get("baseline")
+    if baseline:
+        for found in result["variants"].values():
+            found["ratio_per_clip"] = round(
+                found["seconds"] / found["clips"] / (baseline["seconds"] / baseline["clips"]), 3
+            )
     write_json(options.out, result)
-    print(json.dumps({name: figure}, indent=1))
+    print(json.dumps({name: figure}, indent=1), flush=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train a few steps, and write what the last one took."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = trainer(options, folder)
+        made.add_callback(Figures(options))
+        with stock_forward(made.model) if options.variant == "baseline" else nullcontext():
+            made.train()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 A rollout step is one forward without gradient, a training step one forward and backward, each of a clip of 33 frames of
 480x832 with LoRA (rank 64 on all linear layers of the blocks) and random weights. The first of each kind is the
-baseline: diffusers and PEFT as they come, eager, attention mask, checkpointed. `--size tiny` is the same on a CPU.
+baseline: diffusers and PEFT as they come, eager, attention mask, checkpointed. `share_of_peak` is what the step's own
+products and attention (of the base weights, nothing computed twice) would take at the rate of a long series of products
+of 8192 cubed, over what it took. `--size tiny` is the same on a CPU.
 """
 
 import argparse
@@ -11,16 +13,18 @@ import json
 import os
 import statistics
 import time
-from contextlib import nullcontext
+import types
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from diffusers import HunyuanVideoTransformer3DModel
 from peft import LoraConfig, get_peft_model
 
 from editrl.benchmarks.algorithms.learning import machine, write_json
 from editrl.benchmarks.throughput.models import TRANSFORMER
 from editrl.registry import policies
-from editrl.speed import MergedAdapter, prepare_transformer, quantize_blocks, repeated_blocks
+from editrl.speed import MergedAdapter, Work, prepare_transformer, quantize_blocks, repeated_blocks
 
 GIB = 2**30
 LATENTS = {"full": (9, 60, 104), "tiny": (2, 4, 4)}
@@ -36,7 +40,8 @@ class Steps:
     def __init__(self, options: argparse.Namespace):
         self.options, self.figures = options, {}
         self.cuda = options.device.startswith("cuda")
-        self.model = self.inputs = None
+        self.model = self.inputs = self.peak = None
+        self.operations = {}
 
     def build(self, fp8: bool = False) -> None:
         """A transformer with random weights and adapters whose second factor is not zero; the same every time."""
@@ -53,11 +58,6 @@ class Steps:
         model.requires_grad_(False)
         if fp8:
             quantize_blocks(repeated_blocks(model))
-        torch.manual_seed(1)
-        self.model = get_peft_model(model, LoraConfig(r=64, lora_alpha=256, target_modules=LAYERS))
-        for name, parameter in self.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=1e-3)
         config, length = model.config, TEXT[self.options.size]
         shapes = {
             "hidden_states": (1, 2 * config.in_channels, *LATENTS[self.options.size]),
@@ -68,6 +68,25 @@ class Steps:
         self.inputs = {name: torch.randn(shape).to(device, torch.bfloat16) for name, shape in shapes.items()}
         self.inputs |= {"timestep": torch.tensor([800.0], device=device), "return_dict": False}
         self.inputs["guidance"] = torch.tensor([1000.0], device=device)
+        self.model = model
+        if not self.operations:
+            self.count_operations()
+        torch.manual_seed(1)
+        self.model = get_peft_model(model, LoraConfig(r=64, lora_alpha=256, target_modules=LAYERS))
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=1e-3)
+
+    @torch.no_grad()
+    def count_operations(self) -> None:
+        """Of a forward, and of a forward and backward: no weight's gradient, twice the products of attention."""
+        blocks, given = repeated_blocks(self.model), []
+        hook = blocks[0].register_forward_pre_hook(lambda block, inputs: given.append(inputs))
+        self.velocity()
+        hook.remove()
+        work = Work.of(blocks, given[0])
+        self.operations["rollout"] = work.products + work.attention
+        self.operations["training"] = 2 * work.products + 3 * work.attention
 
     def velocity(self, masked: bool = False) -> torch.Tensor:
         mask = torch.ones(1, TEXT[self.options.size], dtype=torch.long, device=self.options.device) if masked else None
@@ -105,6 +124,8 @@ class Steps:
         figure = {"kind": kind, "seconds": round(statistics.median(seconds), 4), "first": round(first, 1)}
         figure["spread"] = [round(min(seconds), 4), round(max(seconds), 4)]
         figure["ratio"] = round(figure["seconds"] / (baseline or figure["seconds"]), 3)
+        if self.peak and kind in self.operations:
+            figure["share_of_peak"] = round(self.operations[kind] / figure["seconds"] / self.peak, 3)
         if self.cuda:
             figure["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 1)
         self.figures[f"{kind}: {name}"] = figure
@@ -129,14 +150,33 @@ class Steps:
         return "auto" if self.cuda else 1.0
 
 
-def matmul_peak(steps: Steps, size: int = 8192) -> None:
-    """TFLOP/s of a bfloat16 product on this machine, to compare with."""
+def matmul_peak(steps: Steps, size: int = 8192, seconds: float = 3.0) -> None:
+    """TFLOP/s of a bfloat16 product on this machine, at first and in the long run, when its power is limited."""
     if not steps.cuda:
         return
     a, b = (torch.randn(size, size, device=steps.options.device, dtype=torch.bfloat16) for _ in range(2))
     steps.measure("product", f"bfloat16, {size} cubed", lambda: [a @ b for _ in range(10)])
-    figure = steps.figures[f"product: bfloat16, {size} cubed"]
-    figure["tflops"] = round(10 * 2 * size**3 / figure["seconds"] / 1e12)
+    figure, taken = steps.figures[f"product: bfloat16, {size} cubed"], []
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        _ = [a @ b for _ in range(10)]
+        steps.wait()
+        taken.append(time.perf_counter() - start)
+    rates = [10 * 2 * size**3 / took for took in (figure["seconds"], statistics.median(taken))]
+    figure["tflops"], figure["sustained_tflops"] = (round(rate / 1e12) for rate in rates)
+    steps.peak = rates[1]
+
+
+@contextmanager
+def stock_forward(model: torch.nn.Module):
+    """Within the block the transformer runs diffusers' own forward, which builds a mask whatever it is given."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.forward = types.MethodType(HunyuanVideoTransformer3DModel.forward, base)
+    try:
+        yield
+    finally:
+        del base.forward
 
 
 def run(options: argparse.Namespace) -> None:
@@ -144,10 +184,12 @@ def run(options: argparse.Namespace) -> None:
     steps = Steps(options)
     matmul_peak(steps)
     steps.build()
-    steps.rollout("diffusers and PEFT, eager, mask", masked=True)
+    with stock_forward(steps.model):
+        steps.rollout("diffusers and PEFT, eager, mask", masked=True)
     steps.rollout("no mask")
     prepare_transformer(steps.model, checkpointed=True)
-    steps.training("diffusers and PEFT, eager, mask, checkpointed", masked=True)
+    with stock_forward(steps.model):
+        steps.training("diffusers and PEFT, eager, mask, checkpointed", masked=True)
     steps.training("no mask, checkpointed")
     steps.model.get_base_model().disable_gradient_checkpointing()
     prepare_transformer(steps.model, compiled=True)

@@ -102,12 +102,19 @@ class BlockRunner:
         return self.functions[level](block, *inputs)
 
     def levels(self, inputs: Sequence) -> dict[nn.Module, str]:
-        """Level of every block for inputs of these shapes; planned once, since another level rounds otherwise."""
-        shapes = tuple(leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-        if shapes not in self.plans:
+        """Level of every block for inputs of so many tokens; planned once, since another level rounds otherwise."""
+        # Of all tokens: some blocks are given video and text apart, others as one sequence.
+        hidden = _hidden_states(inputs)
+        tokens = (hidden[0].shape[0], sum(state.shape[1] for state in hidden), hidden[0].shape[2])
+        if tokens not in self.plans:
             budget = self.budget() if callable(self.budget) else self.budget
-            self.plans[shapes] = plan_levels(self.blocks, inputs, budget)
-        return self.plans[shapes]
+            self.plans[tokens] = plan_levels(self.blocks, inputs, budget)
+        return self.plans[tokens]
+
+
+def _hidden_states(inputs: Sequence) -> list[Tensor]:
+    """Of a block's inputs the tokens, [B,S,D] each: of video and text, or of both in one."""
+    return [state for state in inputs[:2] if state is not None]
 
 
 def plan_levels(blocks: Sequence[nn.Module], inputs: Sequence, budget: int) -> dict[nn.Module, str]:
@@ -140,8 +147,8 @@ def footprint(block: nn.Module, inputs: Sequence) -> dict[str, int]:
 
 def recorded(block: nn.Module, inputs: Sequence) -> Recorder:
     """What a forward of the block would compute; nothing is computed or allocated."""
-    video, text = inputs[:2]
-    recorder = Recorder(video.shape[-1], video.nbytes + text.nbytes)
+    hidden = _hidden_states(inputs)
+    recorder = Recorder(hidden[0].shape[-1], sum(state.nbytes for state in hidden))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), _uncached_autocast():
         arguments = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
         with recorder, _AttentionRecorder(recorder):

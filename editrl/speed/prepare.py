@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from peft import PeftModel
@@ -55,11 +55,28 @@ def prepare_transformer(
         model.enable_gradient_checkpointing()
     if compiled:
         # A graph each for: classes of blocks, levels of activations, with and without gradient, adapter on and off.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        allow_graphs(64)
         # DDP would have its own idea of where to cut a graph.
         torch._dynamo.config.optimize_ddp = False
         for block in blocks:
             block.compile()
+
+
+def compile_vae(modules: Iterable[nn.Module], part: str) -> None:
+    """Compile the `encoder` or the `decoder` of VAEs, in place.
+
+    A graph for each shape, since convolutions of unknown size would be slower; diffusers' VAEs cut long clips into
+    tiles, of which the first and the last may have shapes of their own.
+    """
+    allow_graphs(64)
+    for module in modules:
+        if hasattr(module, part):
+            getattr(module, part).compile(dynamic=False)
+
+
+def allow_graphs(count: int) -> None:
+    """Let one piece of code have so many compiled graphs; beyond, it would silently run uncompiled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
 def _budget(transformer: nn.Module, memory: float | str | None) -> int | Callable[[], int] | None:

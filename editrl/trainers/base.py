@@ -24,7 +24,7 @@ from editrl.cache import ConditionsCache
 from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
-from editrl.speed import park_frozen_modules, prepare_transformer, quantize_blocks, repeated_blocks
+from editrl.speed import compile_vae, park_frozen_modules, prepare_transformer, quantize_blocks, repeated_blocks
 from editrl.trainers import zero, zero_checkpoint
 from editrl.trainers.config import FlowConfig
 
@@ -37,6 +37,9 @@ class FlowTrainer(Trainer):
 
     cache: ConditionsCache | None = None
     """Where conditions are read instead of being computed; subclasses open it."""
+
+    vae_part = "decoder"
+    """What `compile_vae` compiles: the part that each step runs."""
 
     def __init__(
         self,
@@ -92,6 +95,8 @@ class FlowTrainer(Trainer):
         if is_deepspeed_zero3_enabled():
             zero.require_whole(self.frozen_modules())
             zero.mark_leaf_blocks(self.model)
+        if args.compile_vae:
+            compile_vae(policy.decoding_modules(), self.vae_part)
         if args.park_frozen:
             park_frozen_modules(policy, args.device)
         else:

@@ -50,6 +50,8 @@ class FlowSFTTrainer(FlowTrainer):
     Examples of different sizes may share a batch (images are one-frame clips): each size is run by itself.
     """
 
+    vae_part = "encoder"
+
     def __init__(
         self,
         policy: FlowPolicy,

@@ -1,12 +1,16 @@
 """HunyuanVideo's transformer with the source clip's latents joined on channels."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoPatchEmbed
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoPatchEmbed,
+    HunyuanVideoSingleTransformerBlock,
+)
 from torch import Tensor, nn
 
 from editrl.errors import EditrlError
@@ -36,12 +40,47 @@ class SourcePatchEmbed(HunyuanVideoPatchEmbed):
         return self.projector(tokens.flatten(2).transpose(1, 2))
 
 
+class JoinedSingleTransformerBlock(HunyuanVideoSingleTransformerBlock):
+    """The stock block, also for video and text tokens as one sequence that stays joined from block to block.
+
+    The stock one joins them at its start, parts them for attention, joins them there again, and parts them at its end.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        *args,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the stock block; with `encoder_hidden_states` None, `hidden_states` are all tokens [B,S,D], and
+        `image_rotary_emb` has S rows."""
+        if encoder_hidden_states is not None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
+        normed, gate = self.norm(hidden_states, emb=temb)
+        wide = self.act_mlp(self.proj_mlp(normed))
+        attended, _ = self.attn(normed, None, attention_mask, image_rotary_emb=image_rotary_emb)
+        return hidden_states + gate.unsqueeze(1) * self.proj_out(torch.cat([attended, wide], dim=2)), None
+
+
+def rope_of_joined(rope: tuple[Tensor, Tensor], text_length: int) -> tuple[Tensor, Tensor]:
+    """Rotations [S,d] of the video tokens, with rows for text behind them that turn nothing."""
+    cos, sin = rope
+    still = cos.new_ones(text_length, cos.shape[1])
+    return torch.cat([cos, still]), torch.cat([sin, torch.zeros_like(still)])
+
+
 class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
     """Stock `HunyuanVideoTransformer3DModel` whose input carries `source_channels` more channels: [noise | source].
 
     A registered subclass rather than a swapped attribute: `from_pretrained` builds the class from its config, and an
     embedding swapped onto an instance would be lost there with a warning only.
     """
+
+    _no_split_modules: ClassVar = [*HunyuanVideoTransformer3DModel._no_split_modules, "JoinedSingleTransformerBlock"]
+    _repeated_blocks: ClassVar = [*HunyuanVideoTransformer3DModel._repeated_blocks, "JoinedSingleTransformerBlock"]
 
     @register_to_config
     def __init__(
@@ -65,13 +104,14 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         image_condition_type: str | None = None,
         source_channels: int = 16,
     ) -> None:
+        token_replace = image_condition_type == "token_replace"
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
             num_layers=num_layers,
-            num_single_layers=num_single_layers,
+            num_single_layers=num_single_layers if token_replace else 0,
             num_refiner_layers=num_refiner_layers,
             mlp_ratio=mlp_ratio,
             patch_size=patch_size,
@@ -84,6 +124,12 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
             rope_axes_dim=rope_axes_dim,
             image_condition_type=image_condition_type,
         )
+        if not token_replace:  # whose blocks modulate the first tokens otherwise
+            self.single_transformer_blocks = nn.ModuleList(
+                JoinedSingleTransformerBlock(num_attention_heads, attention_head_dim, mlp_ratio, qk_norm)
+                for _ in range(num_single_layers)
+            )
+            self.register_to_config(num_single_layers=num_single_layers)
         embed_dim = num_attention_heads * attention_head_dim
         self.x_embedder = SourcePatchEmbed(
             (patch_size_t, patch_size, patch_size), in_channels, source_channels, embed_dim
@@ -126,17 +172,28 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         if encoder_attention_mask is not None:
             every_video_token = torch.ones_like(video[:, :, 0], dtype=torch.bool)
             mask = torch.cat([every_video_token, encoder_attention_mask != 0], dim=1)[:, None, None]
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
-            inputs = (video, text, temb, mask, rope, replaced, grid[1] * grid[2])
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                video, text = self._gradient_checkpointing_func(block, *inputs)
-            else:
-                video, text = block(*inputs)
+        shared = (temb, mask, rope, replaced, grid[1] * grid[2])
+        for block in self.transformer_blocks:
+            video, text = self._run(block, video, text, *shared)
+        # Processes that share a clip hold the tokens in another order.
+        joined = self._parallel_config is None and self.config.image_condition_type != "token_replace"
+        if joined:
+            shared = (temb, mask, rope_of_joined(rope, text.shape[1]))
+            length, video, text = video.shape[1], torch.cat([video, text], dim=1), None
+        for block in self.single_transformer_blocks:
+            video, text = self._run(block, video, text, *shared)
+        if joined:
+            video = video[:, :length]
         patches = self.proj_out(self.norm_out(video, temb))
         patches = patches.unflatten(1, grid).unflatten(-1, (-1, config.patch_size_t, *[config.patch_size] * 2))
         # [B, f, h, w, C, in f, in h, in w] -> [B, C, f, in f, h, in h, w, in w]
         velocity = patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _run(self, block: nn.Module, *inputs) -> tuple[Tensor, Tensor | None]:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
     started_anew: tuple[str, ...] = ()
     """Weights that the loaded checkpoint did not hold: those of the source path, for a text-to-video model."""

@@ -7,7 +7,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from editrl.errors import EditrlError
-from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
+from editrl.policies.hunyuan_video.transformer import (
+    HunyuanVideoEditTransformer3DModel,
+    JoinedSingleTransformerBlock,
+    rope_of_joined,
+)
 
 CHANNELS = 16
 SHAPE = {
@@ -182,3 +186,20 @@ def test_a_checkpoint_of_another_model_is_refused(change, message, tmp_path):
     save_file(state, file)
     with pytest.raises(EditrlError, match=message):
         HunyuanVideoEditTransformer3DModel.from_pretrained(tmp_path)
+
+
+def test_joined_tokens_give_what_parted_ones_give():
+    torch.manual_seed(5)
+    block = JoinedSingleTransformerBlock(2, 16, 4.0, "rms_norm").requires_grad_(False)
+    video, text = torch.randn(2, 12, WIDTH), torch.randn(2, 7, WIDTH)
+    temb, rope = torch.randn(2, WIDTH), (torch.rand(12, 16), torch.rand(12, 16))
+    mask = torch.arange(19)[None, None, None] < torch.tensor([19, 15])[:, None, None, None]
+    parted = [video.clone().requires_grad_(), text.clone().requires_grad_()]
+    joined = torch.cat([video, text], dim=1).requires_grad_()
+    expected = torch.cat(block(*parted, temb, mask, rope), dim=1)
+    found, nothing = block(joined, None, temb, mask, rope_of_joined(rope, 7))
+    assert nothing is None
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for output in (found, expected):
+        output.square().sum().backward()
+    torch.testing.assert_close(joined.grad, torch.cat([part.grad for part in parted], dim=1))

@@ -109,3 +109,26 @@ def test_fp8_base_without_lora_is_refused(grpo):
         grpo([brightness], peft=None, fp8_base=True)
     with pytest.raises(EditrlError, match="merge_adapter needs LoRA"):
         grpo([brightness], peft=None, merge_adapter=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_decodes_what_an_eager_one_does(grpo, fresh_policy):
+    seen = []
+    for compiled in (False, True):
+        policy = fresh_policy()
+        reward = lambda videos, **kwargs: seen.append(torch.stack(videos)) or brightness(videos)  # noqa: E731
+        grpo([reward], policy=policy, compile_vae=compiled, max_steps=1).train()
+        assert (policy.vae.decoder._compiled_call_impl is not None) == compiled
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_encodes_what_an_eager_one_does(sft, fresh_policy, updates):
+    losses = []
+    for compiled in (False, True):
+        policy = fresh_policy()
+        trainer = sft(policy=policy, compile_vae=compiled, max_steps=1)
+        trainer.train()
+        assert (policy.vae.encoder._compiled_call_impl is not None) == compiled
+        losses.append(updates(trainer)[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
