@@ -69,6 +69,8 @@ class Trajectory:
     """Per window step, the old policy's mean [B,C,f,h,w]."""
     log_probs: list[Tensor]
     """Per window step, the old policy's log-prob [B]."""
+    collected: Callable | None = None
+    """What `on_window` was."""
 
 
 @torch.no_grad()
@@ -89,6 +91,7 @@ def rollout(
     true_cfg_scale: float = 1.0,
     around_ode: Callable[[], AbstractContextManager] = nullcontext,
     around_window: Callable[[], AbstractContextManager] = nullcontext,
+    on_window: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Trajectory:
     """Integrate sigma 1 -> 0 for B samples: the ODE outside the window, the stochastic kernel inside it.
 
@@ -107,6 +110,8 @@ def rollout(
             v_u + true_cfg_scale * (v - v_u).
         around_ode, around_window: make the context in which the forwards of deterministic and of stochastic steps run,
             such as one in which adapters are merged, or the one of training.
+        on_window: called after each stochastic step with (step, latents, velocity, next latents); the velocity has its
+            graph, if `around_window` makes one.
 
     The state is float32 throughout, so what is stored is exactly what was scored.
     """
@@ -117,24 +122,27 @@ def rollout(
     for step in range(start, len(sigmas) - 1 if stop is None else stop):
         sigma, sigma_next = sigmas[step], sigmas[step + 1]  # on the CPU: the kernels read their values
         with around_window() if step in window else around_ode():
-            velocity = policy.velocity(transformer, latents, sigma, conditions).detach()
+            velocity = policy.velocity(transformer, latents, sigma, conditions)
             if unconditional is not None:
-                away = policy.velocity(transformer, latents, sigma, unconditional).detach()
+                away = policy.velocity(transformer, latents, sigma, unconditional)
                 velocity = away + true_cfg_scale * (velocity - away)
         if step in window:
             noise = step_noise(step).to(latents.device)
-            transition = kernel.step(latents, velocity, sigma, sigma_next, noise=noise)
+            transition = kernel.step(latents, velocity.detach(), sigma, sigma_next, noise=noise)
+            if on_window is not None:
+                on_window(step, latents, velocity, transition.next_sample)
             trajectory.steps.append(step)
             trajectory.latents.append(latents)
             trajectory.next_latents.append(transition.next_sample)
             trajectory.means.append(transition.mean)
             trajectory.log_probs.append(transition.log_prob)
             latents, history = transition.next_sample, None
+            del velocity  # with its graph
         elif ode_solver == "dpm2":
             latents, history = dpm2_step(latents, velocity, sigma, sigma_next, history)
         else:
             latents = ode.step(latents, velocity, sigma, sigma_next).next_sample
-    trajectory.clean = latents
+    trajectory.clean, trajectory.collected = latents, on_window
     return trajectory
 
 

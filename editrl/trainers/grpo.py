@@ -30,13 +30,14 @@ from editrl.trainers.chunk import Chunk, best_and_worst, select
 from editrl.trainers.groups import GroupSchedule
 from editrl.trainers.grpo_config import FlowGRPOConfig
 from editrl.trainers.matching import NoisedBatch, matching_loss, noised_batches
+from editrl.trainers.one_pass import GradientBatch, average_gradients, gradient_batches, gradient_loss
 from editrl.trainers.sampling import sample_groups, stochastic_steps
 from editrl.trainers.scoring import Reward, as_reward_set, refuse_split_groups, score
 from editrl.trainers.watchdog import Watchdog
 from editrl.trainers.window import WindowBatch, window_batches, window_loss
 from editrl.watchdog import measure
 
-MicroBatch = WindowBatch | NoisedBatch
+MicroBatch = WindowBatch | NoisedBatch | GradientBatch
 
 
 class FlowGRPOTrainer(FlowTrainer):
@@ -98,6 +99,8 @@ class FlowGRPOTrainer(FlowTrainer):
             raise EditrlError("beta without LoRA needs a second whole model, which DeepSpeed does not hold; use LoRA")
         if args.beta and not adapted and args.context_parallel > 1:
             raise EditrlError("beta without LoRA needs a copy of the model, and context_parallel allows none; use LoRA")
+        if args.one_pass and is_deepspeed_zero3_enabled():
+            raise EditrlError("one_pass needs whole weights, which ZeRO-3 does not keep; use ZeRO-2, or drop it")
         if args.log_step_grad_norm and args.deepspeed:
             raise EditrlError("log_step_grad_norm needs the gradients, which DeepSpeed keeps to itself; drop it")
         self._micro_batches: list[MicroBatch] = []
@@ -110,6 +113,10 @@ class FlowGRPOTrainer(FlowTrainer):
         for scorer in filter(None, [self.rewards, self.watched]):
             scorer.to(args.device)
         self.reference = self._full_reference() if args.beta and not isinstance(self.model, PeftModel) else None
+
+    def held_bytes(self, args: FlowGRPOConfig, trained: int) -> int:
+        """Gradients of all clips of this process wait for their advantages in `one_pass`."""
+        return args.generation_batch_size // args.data_world_size * trained if args.one_pass else 0
 
     def _full_reference(self):
         """A frozen copy: without an adapter to switch off, the reference needs weights of its own."""
@@ -217,6 +224,8 @@ class FlowGRPOTrainer(FlowTrainer):
         for chunk in chunks:
             chunk.conditions = self.policy.compact(chunk.conditions)
         with self.timed("rollout"), self.averaged_weights("old_policy"):
+            if args.one_pass:
+                return gradient_batches(chunks)
             return window_batches(self, chunks) if args.on_window else noised_batches(self, chunks)
 
     def _write_videos(self, videos: list[Tensor], samples: list[EditExample], members: list[int]) -> None:
@@ -244,6 +253,8 @@ class FlowGRPOTrainer(FlowTrainer):
         with self.timed("step", wait=self.accelerator.sync_gradients):
             gradients = self._gradients() if self.args.log_step_grad_norm else None
             loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.args.one_pass and self.accelerator.sync_gradients:
+                average_gradients(model)
             if gradients is not None:
                 self._record_step_grad_norm(gradients)
         # What a step takes beyond the rollout that it may have begun with is training.
@@ -256,6 +267,8 @@ class FlowGRPOTrainer(FlowTrainer):
         return sum(seconds for phase, seconds in self._seconds.items() if "/" not in phase)
 
     def micro_batch_loss(self, model, inputs: MicroBatch) -> Tensor:
+        if self.args.one_pass:
+            return gradient_loss(self, inputs)
         return window_loss(self, model, inputs) if self.args.on_window else matching_loss(self, model, inputs)
 
     def reference_velocity(self, model, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

@@ -115,6 +115,14 @@ class FlowGRPOConfig(FlowConfig):
             "choices": ["rollout", "recompute"],
         },
     )
+    one_pass: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the gradient of a stochastic step when it is sampled and weigh it by the advantage later, "
+            "instead of replaying the step: a forward less. For one update a rollout; takes the memory of a gradient "
+            "for each clip."
+        },
+    )
     epsilon: float | None = field(
         default=None, metadata={"help": "Clip range of the ratio. Default: 1e-4 for grpo, 2e-6 grpo_guard, 1e-2 awm."}
     )
@@ -234,6 +242,8 @@ class FlowGRPOConfig(FlowConfig):
         if self.on_window:
             self._set_window()
         self._set_batch_sizes()
+        if self.one_pass:
+            self._check_one_pass()
 
     @property
     def on_window(self) -> bool:
@@ -262,6 +272,25 @@ class FlowGRPOConfig(FlowConfig):
         require(self.timestep_weighting in (None, "none"), f"{why}: drop timestep_weighting")
         require(not self.log_step_grad_norm, f"{why}: its timesteps are drawn anew; drop log_step_grad_norm")
         require(not self.same_init_noise, f"{why}: with same_init_noise all clips of a group would be one")
+
+    def _check_one_pass(self) -> None:
+        """A gradient that is the advantage times a known one: of a clip by itself, at a ratio of 1."""
+        drop = "or drop one_pass"
+        for fits, message in (
+            (self.on_window, f"loss_type {self.loss_type} has no stochastic steps; use {', '.join(WINDOW_LOSSES)}"),
+            (self.per_device_train_batch_size == 1, "a gradient is of one clip; set per_device_train_batch_size to 1"),
+            (
+                self.updates_per_generation == 1,
+                f"a rollout makes {self.updates_per_generation} updates and only the first has a ratio of 1; set "
+                "gradient_accumulation_steps to steps_per_generation and num_iterations to 1",
+            ),
+            (not self.beta, "the gradient of the KL is not weighed by the advantage; set beta to 0"),
+            (not self.num_selected_generations, "all clips are differentiated; set num_selected_generations to null"),
+            (not self.log_step_grad_norm, "steps have no gradients of their own; set log_step_grad_norm to false"),
+            (self.old_log_prob == "rollout", "nothing is replayed; set old_log_prob to rollout"),
+            (self.context_parallel == 1, "processes that share a clip have a part each; set context_parallel to 1"),
+        ):
+            self.require(fits, f"one_pass: {message}, {drop}")
 
     def _set_window(self) -> None:
         # The last step is left out: it ends at sigma 0, where cps has no noise to score.

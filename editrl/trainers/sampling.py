@@ -12,6 +12,7 @@ from editrl.policy import Conditions
 from editrl.rollout import INITIAL, Trajectory, rollout, sample_noise
 from editrl.speed import MergedAdapter
 from editrl.trainers.grpo_config import FlowGRPOConfig
+from editrl.trainers.one_pass import GradientCollector
 
 if TYPE_CHECKING:
     from editrl.trainers.grpo import FlowGRPOTrainer
@@ -78,6 +79,7 @@ def sample_groups(
                 initial_noise=state,
                 step_noise=step_noise,
                 start=first,
+                on_window=GradientCollector(trainer, window) if args.one_pass else None,
                 **settings,
             )
         )
@@ -85,10 +87,10 @@ def sample_groups(
 
 
 def sampling_model(trainer: FlowGRPOTrainer) -> nn.Module:
-    """What a rollout calls. Compiled, steps run with gradient, and not through DDP, which would take each of these
-    forwards for one of training."""
-    model = trainer.sampler.model
-    return trainer.accelerator.unwrap_model(model) if trainer.args.compile_blocks else model
+    """What a rollout calls. Where steps run with gradient, not through DDP, which would take each of these forwards for
+    one of training."""
+    model, args = trainer.sampler.model, trainer.args
+    return trainer.accelerator.unwrap_model(model) if args.compile_blocks or args.one_pass else model
 
 
 def contexts(trainer: FlowGRPOTrainer) -> dict[str, Callable]:
@@ -96,12 +98,12 @@ def contexts(trainer: FlowGRPOTrainer) -> dict[str, Callable]:
 
     Deterministic steps are not scored, so they may be rounded otherwise: with merged adapters. Compiled, a forward with
     gradient and one without are two graphs that round differently, and the ratio would not start at 1: the stochastic
-    steps, which are replayed, take the one with gradient.
+    steps, which are replayed, take the one with gradient. So do those whose gradient is collected (`one_pass`).
     """
     found = {}
     if trainer.args.merge_adapter:
         found["around_ode"] = MergedAdapter(trainer.accelerator.unwrap_model(trainer.model))
-    if trainer.args.compile_blocks:
+    if trainer.args.compile_blocks or trainer.args.one_pass:
         found["around_window"] = torch.enable_grad
     return found
 
