@@ -130,7 +130,7 @@ def register_reward(name: str, **options) -> Callable:
     """Decorator: `name` means this reward function or class from now on, in `rewards:` lists and `load_reward`.
 
     `options` say how it wants to be asked, as attributes of its own would: `groupwise`, `batch_size`, `frames`,
-    `keep_on` (see `editrl.reward_options.RewardOptions`).
+    `keep_on`, `background` (see `editrl.reward_options.RewardOptions`).
 
     ```python
     @editrl.register_reward("sharpness")
@@ -161,7 +161,7 @@ def load_reward(spec: Any, **kwargs) -> Callable:
     bound = functools.partial(plugin, **kwargs)
     # Not functools.update_wrapper: its __wrapped__ would make the bound arguments look required again.
     bound.__name__, bound.__doc__ = getattr(plugin, "__name__", type(plugin).__name__), plugin.__doc__
-    for attribute in (*OPTIONS, "requires", "to"):
+    for attribute in (*OPTIONS, "requires", "to", "cancel"):
         if hasattr(plugin, attribute):
             setattr(bound, attribute, getattr(plugin, attribute))
     return bound

@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -163,6 +164,19 @@ def test_a_thousand_requests_of_sixteen_threads(server, reward_file, clips):
     before = server.peak_memory()
     assert torch.equal(scores(Remote(server.url, samples_per_request=1, max_in_flight=16), videos), local)
     assert server.peak_memory() - before < 100
+
+
+def test_a_call_that_is_not_wanted_any_more_ends(clips):
+    """What another thread waits for may be a server that stays away for `outage_limit`."""
+    with stub(lambda path, body: (503, {}, b"") if path == "/score" else sane(path, body, {})) as (url, asked):
+        remote = Remote(url, outage_limit=30)
+        with ThreadPoolExecutor(1) as thread:
+            call = thread.submit(remote, clips(8))
+            while asked.count("/score") < 4:
+                time.sleep(0.01)
+            assert not call.done()
+            remote.cancel()
+            assert isinstance(call.exception(timeout=5), OutageError)
 
 
 # -- a server that answers nonsense ------------------------------------------------------------------------------------
