@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from editrl.errors import EditrlError, did_you_mean
-from editrl.registry import load_reward
+from editrl.registry import load_reward, reward_name
 from editrl.reward_ahead import Ahead, RewardThread
 from editrl.reward_member import COLUMNS, Member, Reward, chunks, member_of, numbered
 from editrl.reward_weights import WeightSchedule, read_schedule
@@ -50,7 +50,8 @@ class RewardSet:
     """Several rewards asked together.
 
     Args:
-        rewards: registered names, "package.module:Name", "path/file.py:Name", or the callables themselves.
+        rewards: registered names, "package.module:Name", "path/file.py:Name", or the callables themselves. Of one kind
+            twice: "quality=remote", "alignment=remote"; everywhere else they then go by these names.
         weights: one a reward, a number or a schedule (see `editrl.reward_weights`); default 1 each. Kept for whoever
             aggregates; the scores are not weighted.
         kwargs: reward name -> constructor arguments (a function gets them bound).
@@ -84,7 +85,10 @@ class RewardSet:
         kwargs, options = kwargs or {}, options or {}
         for i, name in enumerate(self.names):
             if name in self.names[:i]:
-                raise EditrlError(f"reward '{name}' is listed twice: pass objects and give one of them another `name`.")
+                raise EditrlError(
+                    f"reward '{name}' is listed twice: give one of them another name, as in other={name} (an object "
+                    "its own `name`)."
+                )
         for what, given in (("kwargs", kwargs), ("options", options)):
             for name in given.keys() - set(self.names):
                 raise EditrlError(
@@ -235,13 +239,6 @@ class RewardSet:
         began = time.perf_counter()
         member.reward.to(device)
         self.seconds[member.name] += time.perf_counter() - began
-
-
-def reward_name(reward: Any) -> str:
-    """The registered name, the name behind the colon, or what the object calls itself."""
-    if isinstance(reward, str):
-        return reward.rpartition(":")[2]
-    return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
 
 
 def _schedules(weights: Sequence[float | dict | list] | None, names: list[str]) -> list[WeightSchedule]:

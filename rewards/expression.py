@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from editrl.errors import EditrlError, did_you_mean
-from editrl.registry import register_reward
-from editrl.reward import RewardSet, reward_name
+from editrl.registry import register_reward, reward_name
+from editrl.reward import RewardSet
 
 Value = float | None
 

@@ -56,6 +56,17 @@ def test_it_is_a_name_like_any_other(server, clips):
     assert rewards.requires == set() and rewards(clips(2), {}).isfinite().all()
 
 
+def test_two_servers_in_one_recipe_have_names(server, nobody, clips):
+    given = {"quality": {"url": server.url}, "alignment": {"url": server.url, "name": "its own"}}
+    rewards = RewardSet(["quality=remote", "alignment=remote"], kwargs=given)
+    assert rewards.names == ["quality", "alignment"] == rewards.background
+    scores = rewards(clips(2), {})
+    assert scores.isfinite().all() and torch.equal(scores[:, 0], scores[:, 1])
+    given = {"quality": {"url": nobody, "name": "its own", "outage_limit": 0.1}}
+    with pytest.raises(OutageError, match="remote reward 'quality': no answer"):
+        RewardSet(["quality=remote"], kwargs=given)
+
+
 def test_its_needs_are_those_of_the_served_reward_and_nothing_else_is_sent(serve, reward_file, clips):
     captioned = serve(f"{reward_file}:Captioned", "--kwargs", "factor=3")
     remote = Remote(captioned.url)
