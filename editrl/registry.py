@@ -8,6 +8,9 @@ A *spec* says which plugin is meant. The first of these that fits its form decid
 4. a name that `@register_reward("name")` / `@register_policy("name")` gave in this process;
 5. the name of an entry point in the group `editrl.rewards` / `editrl.policies` of an installed package.
 
+The spec of a reward may have a name before it, `quality=remote`, by which a recipe, errors and logs then call it.
+(`./a=b/file.py:Name`, with a slash before the sign, is a path.)
+
 A name can mean only one thing: registering it twice is an error, unless the same file defines it again under the same
 qualified name (a reload, or a notebook cell that was run twice).
 """
@@ -18,6 +21,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +58,7 @@ class Registry:
 
         EditrlError if the name means something else.
         """
-        if not isinstance(name, str) or not name or ":" in name or name.endswith(".py"):
+        if not isinstance(name, str) or not name or set(name) & {":", "="} or name.endswith(".py"):
             raise EditrlError(
                 f'register_{self.kind} wants a plain name, as in @register_{self.kind}("my_{self.kind}"), not {name!r}'
             )
@@ -130,7 +134,7 @@ def register_reward(name: str, **options) -> Callable:
     """Decorator: `name` means this reward function or class from now on, in `rewards:` lists and `load_reward`.
 
     `options` say how it wants to be asked, as attributes of its own would: `groupwise`, `batch_size`, `frames`,
-    `keep_on` (see `editrl.reward_options.RewardOptions`).
+    `keep_on`, `background` (see `editrl.reward_options.RewardOptions`).
 
     ```python
     @editrl.register_reward("sharpness")
@@ -142,17 +146,47 @@ def register_reward(name: str, **options) -> Callable:
     return rewards.register(name, **options)
 
 
+def split_alias(spec: Any) -> tuple[str | None, Any]:
+    """`"quality=remote"` -> `("quality", "remote")`; `(None, spec)` where there is no such name.
+
+    EditrlError for a name that is no plain word, or has nothing behind it.
+    """
+    alias, equals, rest = spec.partition("=") if isinstance(spec, str) else ("", "", "")
+    if not equals or "/" in alias:  # the name of a folder may hold one
+        return None, spec
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_-]*", alias):
+        raise EditrlError(
+            f"reward '{spec}': '{alias}' before the = is no name; it has letters, digits, _ and -, and no digit or - "
+            "at its start"
+        )
+    if not rest:
+        raise EditrlError(f"reward '{spec}': nothing follows the =; write {alias}=remote, or another reward's name")
+    return alias, rest
+
+
+def reward_name(reward: Any) -> str:
+    """The name before the `=`, the registered one, the one behind the colon, or what the object calls itself."""
+    if isinstance(reward, str):
+        alias, spec = split_alias(reward)
+        return alias or spec.rpartition(":")[2]
+    return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
+
+
 def load_reward(spec: Any, **kwargs) -> Callable:
     """The reward that `spec` means (a name, file.py:Name, package.module:Name or the object itself), ready to call.
 
-    A class is instantiated with `kwargs`; a function gets them bound, and keeps its `__name__`.
+    A class is instantiated with `kwargs`; a function gets them bound, and keeps its `__name__`. An object that has a
+    `name`, as of an argument of its constructor, gets that before the `=`.
     EditrlError if the spec leads nowhere, if it cannot be called, or if it does not take one of `kwargs`.
     """
+    alias, spec = split_alias(spec)
     plugin = rewards.find(spec)
     what = f"reward {_label(spec)}"
     if inspect.isclass(plugin):
         _check_call(plugin, (), kwargs, what)
         plugin, kwargs = plugin(**kwargs), {}
+        if alias is not None and "name" in getattr(plugin, "__dict__", ()):
+            plugin.name = alias
     if not callable(plugin):
         raise EditrlError(f"{what} is a {type(plugin).__name__} that cannot be called; see 'A reward' in the README")
     if not kwargs:
@@ -161,7 +195,7 @@ def load_reward(spec: Any, **kwargs) -> Callable:
     bound = functools.partial(plugin, **kwargs)
     # Not functools.update_wrapper: its __wrapped__ would make the bound arguments look required again.
     bound.__name__, bound.__doc__ = getattr(plugin, "__name__", type(plugin).__name__), plugin.__doc__
-    for attribute in (*OPTIONS, "requires", "to"):
+    for attribute in (*OPTIONS, "requires", "to", "cancel"):
         if hasattr(plugin, attribute):
             setattr(bound, attribute, getattr(plugin, attribute))
     return bound

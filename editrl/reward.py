@@ -13,43 +13,23 @@ have `name`, `to(device)` and `requires` (the columns that must be filled in eve
 ask to be called.
 """
 
-import inspect
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from editrl.errors import EditrlError, OutageError, did_you_mean
-from editrl.registry import load_reward
-from editrl.reward_options import RewardOptions, frame_indices
+from editrl.errors import EditrlError, did_you_mean
+from editrl.registry import load_reward, reward_name
+from editrl.reward_ahead import Ahead, RewardThread
+from editrl.reward_member import COLUMNS, Member, Reward, chunks, member_of, numbered
 from editrl.reward_weights import WeightSchedule, read_schedule
 
 if TYPE_CHECKING:
     from editrl.data import EditDataset, EditExample
 
-Reward = Callable[..., Sequence[float | None]]
-
-# The name a reward asks for (one value a sample) -> the field of EditExample, which is also the key of a row.
-COLUMNS = {
-    "ids": "id",
-    "tasks": "task",
-    "instructions": "instruction",
-    "source_videos": "source",
-    "target_videos": "target",
-    "reference_images": "reference_image",
-    "masks": "mask",
-    "source_captions": "source_caption",
-    "target_captions": "target_caption",
-    "fps": "fps",
-}
-_CLIPS = ("videos", "source_videos", "target_videos", "masks")  # what has frames that belong together
-_OFFERED_ALWAYS = {"videos", "cache", "ids", "fps"}  # never missing, whatever the row holds
 _RESERVED = {"videos", "cache"} | {name for name, field in COLUMNS.items() if name != field}
 
 
@@ -70,7 +50,8 @@ class RewardSet:
     """Several rewards asked together.
 
     Args:
-        rewards: registered names, "package.module:Name", "path/file.py:Name", or the callables themselves.
+        rewards: registered names, "package.module:Name", "path/file.py:Name", or the callables themselves. Of one kind
+            twice: "quality=remote", "alignment=remote"; everywhere else they then go by these names.
         weights: one a reward, a number or a schedule (see `editrl.reward_weights`); default 1 each. Kept for whoever
             aggregates; the scores are not weighted.
         kwargs: reward name -> constructor arguments (a function gets them bound).
@@ -79,8 +60,9 @@ class RewardSet:
             A group that a groupwise reward must see whole is never cut.
 
     Attributes: `names` [K], `schedules` [K], `requires` (columns that some reward needs in every row), `groupwise`
-    (names of the rewards that compare the clips of a group), `seconds` (name -> wall time in the last call, moving
-    its model included; what rewards share is paid by the first that asks for it).
+    (names of the rewards that compare the clips of a group), `background` (names of those that may be asked `ahead`),
+    `seconds` (name -> wall time in the last call, moving its model included; what rewards share is paid by the first
+    that asks for it, and one that was asked ahead counts with what was still to be waited for it).
     """
 
     def __init__(
@@ -103,7 +85,10 @@ class RewardSet:
         kwargs, options = kwargs or {}, options or {}
         for i, name in enumerate(self.names):
             if name in self.names[:i]:
-                raise EditrlError(f"reward '{name}' is listed twice: pass objects and give one of them another `name`.")
+                raise EditrlError(
+                    f"reward '{name}' is listed twice: give one of them another name, as in other={name} (an object "
+                    "its own `name`)."
+                )
         for what, given in (("kwargs", kwargs), ("options", options)):
             for name in given.keys() - set(self.names):
                 raise EditrlError(
@@ -111,11 +96,12 @@ class RewardSet:
                     + did_you_mean(name, self.names)
                 )
         self._members = [
-            _member(name, load_reward(reward, **kwargs.get(name, {})), options.get(name, {}))
+            member_of(name, load_reward(reward, **kwargs.get(name, {})), options.get(name, {}))
             for name, reward in zip(self.names, rewards, strict=True)
         ]
         self.requires = set().union(*(member.requires for member in self._members))
         self.groupwise = [member.name for member in self._members if member.options.groupwise]
+        self.background = [member.name for member in self._members if member.options.background]
         self._device: torch.device | str | None = None
 
     @property
@@ -163,6 +149,7 @@ class RewardSet:
         columns: dict[str, list],
         group_ids: Sequence[int] | None = None,
         cache: dict | None = None,
+        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         """Score N clips with K rewards.
 
@@ -171,6 +158,7 @@ class RewardSet:
             columns: name -> N values, as `reward_columns` makes them.
             group_ids: N integers; clips with one id are a group, in any order. Groupwise rewards need them.
             cache: shared with whoever scores the same clips; None: a new one for each `batch_size` clips.
+            ahead: of `self.ahead`, with these very clips: the background rewards have been asked there.
 
         Returns: float32 CPU tensor [N,K]; NaN where a reward said None (not applicable).
 
@@ -181,20 +169,45 @@ class RewardSet:
         for column, values in columns.items():
             if len(values) != len(videos):
                 raise EditrlError(f"column '{column}' has {len(values)} values for {len(videos)} videos.")
-        labels = _labels(len(videos), columns.get("ids"))
+        labels = numbered(len(videos), columns.get("ids"))
         columns = columns | {"videos": videos}
         groups = self._groups(len(videos), group_ids)
+        if ahead is not None and len(ahead.videos) != len(videos):
+            raise EditrlError(f"{len(ahead.videos)} clips were taken ahead, but {len(videos)} are scored.")
+        asked = () if ahead is None else self.background
         self.seconds = dict.fromkeys(self.names, 0.0)
         scores = torch.empty(len(videos), len(self.names))
         with self._models_on_device():
-            for chunk in _chunks(groups, self.batch_size or max(len(videos), 1)):
+            for chunk in chunks(groups, self.batch_size or max(len(videos), 1)):
                 shared = {} if cache is None else cache
                 for k, member in enumerate(self._members):
+                    if member.name in asked:
+                        continue
                     began = time.perf_counter()
                     for part in member.calls(chunk):
                         scores[part, k] = member.score(columns, part, labels, shared)
                     self.seconds[member.name] += time.perf_counter() - began
+        for name in asked:
+            began = time.perf_counter()
+            for part, values in ahead.scores(name):
+                scores[part, self.names.index(name)] = values
+            self.seconds[name] = time.perf_counter() - began
         return scores
+
+    def ahead(self, thread: RewardThread, columns: dict[str, list], group_ids: Sequence[int]) -> Ahead:
+        """Takes N clips as they come and has the background rewards asked about them; its scores are for a call.
+
+        `columns` and `group_ids` are those of all N clips, as in a call.
+        """
+        members = [member for member in self._members if member.options.background]
+        labels, groups = numbered(len(group_ids), columns.get("ids")), self._groups(len(group_ids), group_ids)
+        return Ahead(thread, members, columns, groups, labels, self.batch_size)
+
+    def cancel(self) -> None:
+        """Nobody wants the scores of a call in another thread any more: rewards with a `cancel` stop waiting."""
+        for member in self._members:
+            if callable(getattr(member.reward, "cancel", None)):
+                member.reward.cancel()
 
     def _groups(self, count: int, group_ids: Sequence[int] | None) -> list[list[int]]:
         """The numbers of the clips that must not be parted: of each group, or each clip for itself."""
@@ -222,132 +235,10 @@ class RewardSet:
             for member in between:
                 self._move(member, "cpu")
 
-    def _move(self, member: "_Member", device: torch.device | str) -> None:
+    def _move(self, member: Member, device: torch.device | str) -> None:
         began = time.perf_counter()
         member.reward.to(device)
         self.seconds[member.name] += time.perf_counter() - began
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One reward, what its signature says, and how it wants to be asked."""
-
-    name: str
-    reward: Reward
-    accepts: frozenset[str] | None  # None: it takes **kwargs, that is, everything
-    requires: frozenset[str]
-    options: RewardOptions
-
-    def calls(self, groups: list[list[int]]) -> list[list[int]]:
-        """The numbers of the clips of each call, for the clips of `groups`."""
-        if self.options.groupwise:
-            return groups
-        clips = [i for group in groups for i in group]
-        size = self.options.batch_size or len(clips)
-        return [clips[start : start + size] for start in range(0, len(clips), size)]
-
-    def score(self, columns: dict[str, list], part: list[int], labels: list[str], cache: dict) -> torch.Tensor:
-        """float32 [n] for the n samples whose numbers are `part`; NaN for None."""
-        offered = {name: [values[i] for i in part] for name, values in columns.items()}
-        labels = [labels[i] for i in part]
-        for column in sorted(self.requires):
-            for value, label in zip(offered.get(column, [None] * len(labels)), labels, strict=True):
-                if value is None:
-                    raise EditrlError(
-                        f"reward '{self.name}' needs '{column}', which {label} does not have: "
-                        f"add '{COLUMNS.get(column, column)}' to its row, or leave the reward out."
-                        + ("" if column in offered else did_you_mean(column, offered))
-                    )
-        if self.options.frames != "all":
-            offered |= {name: self._sampled(offered[name], cache) for name in _CLIPS if name in offered}
-        offered["cache"] = cache
-        arguments = {name: value for name, value in offered.items() if self.accepts is None or name in self.accepts}
-        try:
-            with torch.no_grad():
-                result = self.reward(**arguments)
-        except Exception as error:  # somebody else's code: whatever it raises, say which reward and samples it was
-            reason = " ".join(str(error).split())
-            kind = OutageError if isinstance(error, OutageError) else EditrlError  # training can wait for an outage
-            raise kind(f"reward '{self.name}' failed on {_span(labels)}: {type(error).__name__}: {reason}") from error
-        return self._as_scores(result, labels)
-
-    def _sampled(self, clips: list[torch.Tensor | None], cache: dict) -> list[torch.Tensor | None]:
-        """The frames that it is shown. One tensor for one clip, by which rewards that share a model recognise it."""
-        frames = self.options.frames
-        memo = cache.setdefault(("frames", frames), {})
-        for clip in clips:
-            if clip is not None and id(clip) not in memo:
-                memo[id(clip)] = (clip, clip[frame_indices(len(clip), frames)])
-        return [None if clip is None else memo[id(clip)][1] for clip in clips]
-
-    def _as_scores(self, result: Any, labels: list[str]) -> torch.Tensor:
-        values = result.tolist() if hasattr(result, "tolist") else result
-        if not isinstance(values, list | tuple):
-            raise EditrlError(
-                f"reward '{self.name}' returned {type(result).__name__} for {_span(labels)}: return a list of floats."
-            )
-        if len(values) != len(labels):
-            raise EditrlError(
-                f"reward '{self.name}' returned {len(values)} values for {len(labels)} videos ({_span(labels)})."
-            )
-        return torch.tensor([self._as_score(value, label) for value, label in zip(values, labels, strict=True)])
-
-    def _as_score(self, value: Any, label: str) -> float:
-        if value is None:
-            return math.nan
-        if getattr(value, "ndim", None) == 0:  # a tensor or a NumPy scalar
-            value = value.item()
-        if not isinstance(value, Real):
-            raise EditrlError(
-                f"reward '{self.name}' returned {type(value).__name__} for {label}: a score is a float, or None where "
-                "it does not apply."
-            )
-        if not abs(value) <= torch.finfo(torch.float32).max:  # NaN, infinite, or too large for float32
-            raise EditrlError(
-                f"reward '{self.name}' returned {value} for {label}: a score is finite; return None where it does not "
-                "apply."
-            )
-        return float(value)
-
-
-def _member(name: str, reward: Any, options: dict[str, Any]) -> _Member:
-    if not callable(reward):
-        raise EditrlError(f"reward '{name}' is {type(reward).__name__}, which cannot be called.")
-    function = reward.forward if isinstance(reward, torch.nn.Module) else reward  # Module.__call__ hides the names
-    parameters = inspect.signature(function).parameters.values()
-    named = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    requires = getattr(reward, "requires", None)
-    if requires is None:
-        requires = {name for name, default in named.items() if default is inspect.Parameter.empty}
-    elif isinstance(requires, str):
-        requires = {requires}
-    takes_everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return _Member(
-        name,
-        reward,
-        accepts=None if takes_everything else frozenset(named),
-        requires=frozenset(requires) - _OFFERED_ALWAYS,
-        options=RewardOptions.of(name, reward, options),
-    )
-
-
-def _chunks(groups: list[list[int]], size: int) -> Iterator[list[list[int]]]:
-    """Neighbouring groups with `size` clips at most; a larger group is a chunk of its own."""
-    chunk: list[list[int]] = []
-    for group in groups:
-        if chunk and sum(map(len, chunk)) + len(group) > size:
-            yield chunk
-            chunk = []
-        chunk.append(group)
-    if chunk:
-        yield chunk
-
-
-def reward_name(reward: Any) -> str:
-    """The registered name, the name behind the colon, or what the object calls itself."""
-    if isinstance(reward, str):
-        return reward.rpartition(":")[2]
-    return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
 
 
 def _schedules(weights: Sequence[float | dict | list] | None, names: list[str]) -> list[WeightSchedule]:
@@ -363,14 +254,6 @@ def _schedules(weights: Sequence[float | dict | list] | None, names: list[str]) 
                 f"at update {update} the weights of all rewards are 0: nothing would be learned from there."
             )
     return schedules
-
-
-def _labels(count: int, ids: list | None) -> list[str]:
-    return [f"sample {i}" if ids is None else f"sample {i} (id {ids[i]!r})" for i in range(count)]
-
-
-def _span(labels: list[str]) -> str:
-    return labels[0] if len(labels) == 1 else f"{labels[0]} to {labels[-1]}"
 
 
 def _refuse_reserved(column: str) -> None:

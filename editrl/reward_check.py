@@ -10,7 +10,8 @@ from torch import Tensor
 from editrl.data import EditExample
 from editrl.doctor.finding import Finding
 from editrl.errors import EditrlError
-from editrl.reward import COLUMNS, RewardSet, reward_columns, reward_name
+from editrl.registry import reward_name
+from editrl.reward import COLUMNS, RewardSet, reward_columns
 
 SIZES = ((9, 48, 64), (5, 32, 32), (17, 40, 72), (5, 48, 64), (1, 48, 48), (1, 32, 56))  # two of them images
 GROUPS = (0, 0, 1, 1, 2, 2)

@@ -23,12 +23,15 @@ class RewardOptions:
         middles of that many equal stretches), or "keyframes" (first, middle and last).
     keep_on: "gpu": its model stays on the training device; "cpu": never moves there; "between": lies in main memory
         and is on the device while the clips of a rollout are scored. The last two need a `to(device)`.
+    background: it waits more than it computes here, as for a server: in a rollout it is asked in a thread for the clips
+        that are there while the next ones are sampled.
     """
 
     groupwise: bool = False
     batch_size: int | None = None
     frames: str | int = "all"
     keep_on: str = "gpu"
+    background: bool = False
 
     @classmethod
     def of(cls, name: str, reward: Any, overrides: Mapping[str, Any]) -> "RewardOptions":
@@ -42,8 +45,9 @@ class RewardOptions:
         return options
 
     def _check(self, what: str) -> None:
-        if not isinstance(self.groupwise, bool):
-            raise EditrlError(f"{what}: groupwise is {self.groupwise!r}: give true or false.")
+        for option in ("groupwise", "background"):
+            if not isinstance(value := getattr(self, option), bool):
+                raise EditrlError(f"{what}: {option} is {value!r}: give true or false.")
         if self.batch_size is not None and not _is_count(self.batch_size):
             raise EditrlError(f"{what}: batch_size is {self.batch_size!r}: give a positive whole number or null.")
         check_frames(self.frames, f"{what}: frames")
@@ -52,6 +56,8 @@ class RewardOptions:
             raise EditrlError(f"{what}: keep_on is {self.keep_on!r}: choose one of {', '.join(KEEP_ON)}.{near}")
         if self.groupwise and self.batch_size is not None:
             raise EditrlError(f"{what}: a groupwise reward sees a whole group at a time: drop batch_size.")
+        if self.background and self.keep_on == "between":
+            raise EditrlError(f"{what}: in the background it may be asked at any time: drop keep_on 'between'.")
 
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(RewardOptions))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from editrl.errors import EditrlError, did_you_mean
-from editrl.registry import register_reward
-from editrl.reward import RewardSet, reward_name
+from editrl.registry import register_reward, reward_name
+from editrl.reward import RewardSet
 
 Value = float | None
 
@@ -78,11 +78,16 @@ class Expression:
         self.members = {member: _single(member, rewards, kwargs, options) for member in names}
         self.requires = set().union(*(member.requires for member in self.members.values()))
         self.groupwise = any(member.groupwise for member in self.members.values())
+        self.background = all(member.background for member in self.members.values())
 
     def to(self, device: torch.device | str) -> "Expression":
         for member in self.members.values():
             member.to(device)
         return self
+
+    def cancel(self) -> None:
+        for member in self.members.values():
+            member.cancel()
 
     def __call__(self, videos: Sequence[Tensor], cache: dict | None = None, **columns) -> list[Value]:
         """N clips [F,3,H,W] in [0,1] and whatever the rewards ask for -> N floats, or None."""

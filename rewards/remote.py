@@ -58,6 +58,8 @@ class Remote:
     that is no list of finite scores is an EditrlError that says what the server said.
     """
 
+    background = True  # a `RewardOptions`
+
     def __init__(
         self,
         url: str | None = None,
@@ -98,6 +100,7 @@ class Remote:
         self._endpoint = 0  # the one that answered last
         self._answered = 0.0  # when
         self._outage = False  # whether it has been told
+        self._stop = threading.Event()  # of the last call
 
     @property
     def requires(self) -> set[str]:
@@ -122,7 +125,7 @@ class Remote:
             for start in range(0, len(videos), size)
         ]
         self._answered = time.monotonic()
-        stop = threading.Event()  # a part that failed ends the waiting of the others
+        stop = self._stop = threading.Event()  # a part that failed ends the waiting of the others
         pool = ThreadPoolExecutor(self.max_in_flight)
         try:
             answers = [pool.submit(self._score, part, stop) for part in parts]
@@ -130,6 +133,10 @@ class Remote:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def cancel(self) -> None:
+        """A call that another thread waits for asks no more: requests that are on their way are its last."""
+        self._stop.set()
 
     def _score(self, columns: dict[str, list], stop: threading.Event) -> list[float | None]:
         """The scores of one request."""

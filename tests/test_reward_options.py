@@ -202,6 +202,8 @@ def test_a_recipe_gives_options_by_name_for_rewards_and_metrics(tmp_path):
         ({"frames": "some"}, "frames is 'some'"),
         ({"batch_size": True}, "batch_size is True"),
         ({"groupwise": 1}, "groupwise is 1"),
+        ({"background": "yes"}, "background is 'yes'"),
+        ({"background": True, "keep_on": "between"}, "drop keep_on 'between'"),
         ({"keep_on": "gpus"}, "keep_on is 'gpus'.*Did you mean 'gpu'"),
         ({"keep_on": "between"}, r"needs a method `to\(device\)`"),
         ({"groupwise": True, "batch_size": 2}, "sees a whole group at a time"),

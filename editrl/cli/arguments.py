@@ -11,7 +11,7 @@ from peft import LoraConfig
 from editrl.data import EditDataset
 from editrl.errors import EditrlError
 from editrl.policy import FlowPolicy
-from editrl.registry import list_rewards, load_policy, policies
+from editrl.registry import list_rewards, load_policy, policies, reward_name, split_alias
 from editrl.reward import RewardSet
 
 
@@ -94,7 +94,10 @@ class RewardArguments:
     """What is optimised, and what is only watched."""
 
     reward_funcs: list[str] = field(
-        metadata={"help": "Rewards; `editrl rewards` lists the names, any file.py:name works."}
+        metadata={
+            "help": "Rewards; `editrl rewards` lists the names, any file.py:name works; of one kind twice: "
+            "quality=remote alignment=remote."
+        }
     )
     reward_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Constructor arguments by reward name: {pickscore: {model: ...}}."}
@@ -120,11 +123,13 @@ class RewardArguments:
     def _settings(self, specs: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Arguments and options of `specs`, and those of a name that nobody knows: the RewardSet refuses them.
 
-        A recipe's arguments of a reward that the command line left out are no mistake.
+        A recipe's arguments of a reward that the command line left out are no mistake; those of one that goes by
+        another name here are.
         """
-        names = {spec.rpartition(":")[2] for spec in specs}
-        elsewhere = {spec.rpartition(":")[2] for spec in (*self.reward_funcs, *self.metric_funcs)} - names
-        elsewhere |= {entry.name for entry in list_rewards()} - names
+        names, everything = set(map(reward_name, specs)), [*self.reward_funcs, *self.metric_funcs]
+        renamed = {reward_name(spec) for alias, spec in map(split_alias, everything) if alias is not None}
+        elsewhere = {entry.name for entry in list_rewards()} - renamed
+        elsewhere = (elsewhere | set(map(reward_name, everything))) - names
         return {
             kind: {name: value for name, value in given.items() if name not in elsewhere}
             for kind, given in (("kwargs", self.reward_kwargs), ("options", self.reward_options))

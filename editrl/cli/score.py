@@ -31,7 +31,11 @@ def main(argv: list[str]) -> int:
     parser = CommandParser("editrl score", main.__doc__)
     parser.add_argument("manifest", type=Path, help="JSONL file of examples, as for training")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSONL file of scores")
-    parser.add_argument("--rewards", required=True, help="a,b,path/to/file.py:Name; `editrl rewards` lists the names")
+    parser.add_argument(
+        "--rewards",
+        required=True,
+        help="a,b,path/to/file.py:Name; name=a to call it so; `editrl rewards` lists the names",
+    )
     parser.add_argument("--reward_kwargs", "--reward-kwargs", help="YAML or JSON: {pickscore: {model: ...}}")
     parser.add_argument("--edits", type=Path, help="the clips are in this folder of `editrl edit --manifest`")
     parser.add_argument(

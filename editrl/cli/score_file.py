@@ -17,6 +17,7 @@ from typing import Any
 from editrl import __version__
 from editrl.data import atomic_path
 from editrl.errors import EditrlError
+from editrl.registry import split_alias
 
 START = b'{"id": '
 
@@ -78,7 +79,7 @@ class ScoreFile:
 
 def rewards_fingerprint(specs: Sequence[str], kwargs: dict[str, Any]) -> str:
     """What the scores depend on beside the clips: the rewards, their arguments and files, and this version."""
-    files = [spec.rpartition(":")[0] for spec in specs]
+    files = [split_alias(spec)[1].rpartition(":")[0] for spec in specs]
     hashes = [_sha256(str(Path(file).expanduser().resolve())) if file.endswith(".py") else None for file in files]
     return json.dumps([__version__, list(specs), hashes, kwargs], sort_keys=True, default=str)
 

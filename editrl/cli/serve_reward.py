@@ -56,7 +56,7 @@ def serve(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise EditrlError(f"serving needs fastapi and uvicorn ({error}); pip install 'editrl[serve]'") from error
     from editrl.cli.edit import find_device
-    from editrl.registry import load_reward
+    from editrl.registry import load_reward, reward_name
     from editrl.serving.service import RewardService
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -67,7 +67,7 @@ def serve(options: argparse.Namespace) -> None:
         reward = load_reward(options.reward, **read_kwargs(options.kwargs))
         service = RewardService(
             reward,
-            options.reward.rpartition(":")[2],
+            reward_name(options.reward),
             device=device,
             columns=options.columns,
             batch_size=options.batch_size,

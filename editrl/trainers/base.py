@@ -106,6 +106,7 @@ class FlowTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # losses are means over a micro-batch
         self._means: dict[str, list] = defaultdict(list)
         self._seconds: dict[str, float] = defaultdict(float)
+        self._inner_seconds: list[float] = []  # of the phases that are under way: what those within took
         self._logged_step = 0
         if not self.is_deepspeed_enabled and any(p.dtype != torch.float32 for p in self.trained_parameters()):
             raise EditrlError(
@@ -188,12 +189,22 @@ class FlowTrainer(Trainer):
 
     @contextlib.contextmanager
     def timed(self, phase: str, wait: bool = True):
-        """Add the seconds of a block to `seconds/<phase>`, logged a step. `wait`: for the GPU to finish the block."""
+        """Add the seconds of a block to `seconds/<phase>`, logged a step, without those of phases within it.
+        `wait`: for the GPU to finish the block."""
+        wait = wait and torch.cuda.is_available()
+        if wait and self._inner_seconds:
+            torch.cuda.synchronize()  # what the outer phase has begun is not of this one
         start = time.perf_counter()
-        yield
-        if wait and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._seconds[phase] += time.perf_counter() - start
+        self._inner_seconds.append(0.0)
+        try:
+            yield
+            if wait:
+                torch.cuda.synchronize()
+        finally:
+            whole, inner = time.perf_counter() - start, self._inner_seconds.pop()
+            if self._inner_seconds:
+                self._inner_seconds[-1] += whole
+            self._seconds[phase] += whole - inner
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -23,7 +23,7 @@ from editrl.errors import EditrlError
 from editrl.flow import PolicyLoss, get_kernel, sigma_schedule
 from editrl.policy import Conditions, FlowPolicy
 from editrl.reward import RewardSet, reward_columns
-from editrl.rollout import edit_examples
+from editrl.rollout import Trajectory, edit_examples
 from editrl.trainers import outage, zero
 from editrl.trainers.base import FlowTrainer
 from editrl.trainers.chunk import Chunk, best_and_worst, select
@@ -32,7 +32,7 @@ from editrl.trainers.grpo_config import FlowGRPOConfig
 from editrl.trainers.matching import NoisedBatch, matching_loss, noised_batches
 from editrl.trainers.one_pass import GradientBatch, average_gradients, gradient_batches, gradient_loss
 from editrl.trainers.sampling import sample_groups, stochastic_steps
-from editrl.trainers.scoring import Reward, as_reward_set, refuse_split_groups, score
+from editrl.trainers.scoring import Reward, as_reward_set, asked_ahead, refuse_split_groups, score
 from editrl.trainers.watchdog import Watchdog
 from editrl.trainers.window import WindowBatch, window_batches, window_loss
 from editrl.watchdog import measure
@@ -57,7 +57,7 @@ class FlowGRPOTrainer(FlowTrainer):
     (share of groups that cannot teach), `ratio/mean`, `ratio/deviation` (mean |ratio - 1|), `clip_ratio/low|high`,
     `drift` (how far the mean of a step moved, in its std; for nft and awm the velocity), each of these also as
     `<name>/step_<k>` for denoising step k; `kl`, `grad_norm`, `watchdog/<measure>`, `seconds/<phase>`,
-    `seconds/reward/<name>` (part of `seconds/reward`).
+    `seconds/reward/<name>` (part of `seconds/reward`; of a background reward what was waited for it at the end).
     """
 
     def __init__(
@@ -73,10 +73,11 @@ class FlowGRPOTrainer(FlowTrainer):
     ):
         self.rewards = as_reward_set(reward_funcs, args.reward_weights)
         self.watched = as_reward_set(metric_funcs) if metric_funcs is not None else None
+        self.scorers = list(filter(None, [self.rewards, self.watched]))
         for dataset in filter(None, [train_dataset, eval_dataset]):
-            for scorer in filter(None, [self.rewards, self.watched]):
+            for scorer in self.scorers:
                 scorer.check(dataset)
-        for scorer in filter(None, [self.rewards, self.watched]):
+        for scorer in self.scorers:
             refuse_split_groups(scorer, args)
         self.cache = open_cache(args.conditions_cache, policy, train_dataset, eval_dataset)
         self.sigmas = sigma_schedule(args.num_inference_steps, args.shift)
@@ -110,7 +111,7 @@ class FlowGRPOTrainer(FlowTrainer):
             callbacks = [*(callbacks or []), Watchdog(args.watchdog)]
         super().__init__(policy, args, train_dataset, eval_dataset, peft_config, callbacks)
         disable_dropout_in_model(self.model)  # the model that is updated must be the one that sampled
-        for scorer in filter(None, [self.rewards, self.watched]):
+        for scorer in self.scorers:
             scorer.to(args.device)
         self.reference = self._full_reference() if args.beta and not isinstance(self.model, PeftModel) else None
 
@@ -189,6 +190,9 @@ class FlowGRPOTrainer(FlowTrainer):
     def generate(self, numbers: list[list[int]]) -> list[MicroBatch]:
         """Sample, decode and score a rollout: this process's share of a generation batch, as micro-batches to train.
 
+        One after the other; but where a reward is asked in the background, clips are decoded as soon as they are
+        sampled, and it gets them while the next ones are.
+
         `numbers`: [group, example index] of each clip; the members of a group are neighbours.
         """
         args, device = self.args, self.args.device
@@ -203,14 +207,23 @@ class FlowGRPOTrainer(FlowTrainer):
             conditions = encoded[torch.tensor([distinct.index(index) for index in indices], device=device)]
             window = stochastic_steps(args, groups[0] // args.groups_per_generation)
             size = min(args.per_device_train_batch_size, len(groups))
-            self.model_wrapped.eval()
-            with self.averaged_weights("old_policy"), self.sampler.gathered():
-                trajectories = sample_groups(self, conditions, groups, members, window, size)
-        with self.timed("decode"):
-            videos = [video for part in trajectories for video in self.policy.decode(part.clean).float()]
         samples = [examples[index] for index in indices]
-        with self.timed("reward"):
-            advantages = score(self, videos, samples, groups)
+        with asked_ahead(self, samples, groups) as ahead:
+            trajectories, videos = [], []
+            with self.timed("rollout"), self.averaged_weights("old_policy"), self.sampler.gathered():
+                self.model_wrapped.eval()
+                for trajectory in sample_groups(self, conditions, groups, members, window, size):
+                    trajectories.append(trajectory)
+                    if ahead:
+                        clips = self._clips([trajectory])
+                        videos += clips
+                        in_memory = [clip.cpu() for clip in clips]
+                        for asked in ahead.values():
+                            asked.add(in_memory)
+            if not ahead:
+                videos = self._clips(trajectories)
+            with self.timed("reward"):
+                advantages = score(self, videos, samples, groups, ahead)
         self._write_videos(videos, samples, members)
         self._rolled_out(videos, samples)
 
@@ -227,6 +240,11 @@ class FlowGRPOTrainer(FlowTrainer):
             if args.one_pass:
                 return gradient_batches(chunks)
             return window_batches(self, chunks) if args.on_window else noised_batches(self, chunks)
+
+    def _clips(self, trajectories: list[Trajectory]) -> list[Tensor]:
+        """Their decoded clips, each [F,3,H,W] float32 in [0,1]."""
+        with self.timed("decode"):
+            return [clip for trajectory in trajectories for clip in self.policy.decode(trajectory.clean).float()]
 
     def _write_videos(self, videos: list[Tensor], samples: list[EditExample], members: list[int]) -> None:
         args, step = self.args, self.state.global_step
@@ -248,23 +266,15 @@ class FlowGRPOTrainer(FlowTrainer):
     # Update.
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        before = self._phase_seconds()
         # The GPU is waited for once an update, with its last micro-batch.
-        with self.timed("step", wait=self.accelerator.sync_gradients):
+        with self.timed("train", wait=self.accelerator.sync_gradients):
             gradients = self._gradients() if self.args.log_step_grad_norm else None
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self.args.one_pass and self.accelerator.sync_gradients:
                 average_gradients(model)
             if gradients is not None:
                 self._record_step_grad_norm(gradients)
-        # What a step takes beyond the rollout that it may have begun with is training.
-        whole = self._seconds.pop("step")
-        self._seconds["train"] += whole - (self._phase_seconds() - before)
         return loss
-
-    def _phase_seconds(self) -> float:
-        """Of all phases so far; `reward/<name>` is part of one."""
-        return sum(seconds for phase, seconds in self._seconds.items() if "/" not in phase)
 
     def micro_batch_loss(self, model, inputs: MicroBatch) -> Tensor:
         if self.args.one_pass:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from editrl.errors import OutageError
 from editrl.reward import RewardSet
+from editrl.reward_ahead import Ahead
 from editrl.trainers.base import COMPLETE
 
 if TYPE_CHECKING:
@@ -21,13 +22,18 @@ if TYPE_CHECKING:
 
 
 def score(
-    trainer: FlowGRPOTrainer, scorer: RewardSet, videos: list[Tensor], columns: dict[str, list], groups: Sequence[int]
+    trainer: FlowGRPOTrainer,
+    scorer: RewardSet,
+    videos: list[Tensor],
+    columns: dict[str, list],
+    groups: Sequence[int],
+    ahead: Ahead | None = None,
 ) -> Tensor:
     """Scores [B,K] of this process' clips. An outage that one process meets is raised in all of them, or the others
     would wait for its scores, and no checkpoint could be written."""
     scores = outage = None
     try:
-        scores = scorer(videos, columns, groups)
+        scores = scorer(videos, columns, groups, ahead=ahead)
     except OutageError as error:
         outage = error
     if trainer.accelerator.num_processes > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,8 +43,8 @@ def sample_groups(
     members: Sequence[int],
     window: range,
     size: int,
-) -> list[Trajectory]:
-    """Trajectories of the clips, `size` at a time.
+) -> Iterator[Trajectory]:
+    """Trajectories of the clips, `size` at a time; each is sampled when it is asked for.
 
     Members that start from one noise share their states up to the window: these are computed once a group.
     """
@@ -60,7 +60,6 @@ def sample_groups(
     first = window.start if args.same_init_noise and args.shared_prefix else 0
     prefix = shared_states(trainer, conditions, groups, first, size, settings) if first else None
     model = sampling_model(trainer)
-    trajectories = []
     for begin in range(0, len(groups), size):
         part = slice(begin, begin + size)
         if prefix is None:
@@ -71,19 +70,16 @@ def sample_groups(
         def step_noise(step: int, part: slice = part) -> Tensor:
             return sample_noise(shape, args.seed, groups[part], members[part], step)
 
-        trajectories.append(
-            rollout(
-                trainer.policy,
-                model,
-                trainer.policy.compact(conditions[part]),
-                initial_noise=state,
-                step_noise=step_noise,
-                start=first,
-                on_window=GradientCollector(trainer, window) if args.one_pass else None,
-                **settings,
-            )
+        yield rollout(
+            trainer.policy,
+            model,
+            trainer.policy.compact(conditions[part]),
+            initial_noise=state,
+            step_noise=step_noise,
+            start=first,
+            on_window=GradientCollector(trainer, window) if args.one_pass else None,
+            **settings,
         )
-    return trajectories
 
 
 def sampling_model(trainer: FlowGRPOTrainer) -> nn.Module:

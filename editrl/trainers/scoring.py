@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from editrl.data import EditExample
 from editrl.errors import EditrlError
 from editrl.flow import group_advantages, reward_shares, zero_std_groups
 from editrl.reward import RewardSet, reward_columns
+from editrl.reward_ahead import Ahead, RewardThread
 from editrl.reward_weights import read_schedule
 from editrl.trainers import outage
 from editrl.trainers.grpo_config import FlowGRPOConfig
@@ -23,11 +25,40 @@ if TYPE_CHECKING:
 Reward = str | Callable
 
 
-def score(trainer: FlowGRPOTrainer, videos: list[Tensor], samples: list[EditExample], groups: list[int]) -> Tensor:
-    """Score the clips, and compare them within their groups over all processes. Returns this process's [B]."""
+@contextlib.contextmanager
+def asked_ahead(
+    trainer: FlowGRPOTrainer, samples: list[EditExample], groups: list[int]
+) -> Iterator[dict[RewardSet, Ahead]]:
+    """What takes the clips of a rollout, one after the other, for each set that has background rewards.
+
+    One thread asks them all. Where the block is left early, what it has not begun is dropped.
+    """
+    columns, thread = reward_columns(samples), RewardThread()
+    ahead = {scorer: scorer.ahead(thread, columns, groups) for scorer in trainer.scorers if scorer.background}
+    try:
+        yield ahead
+    except BaseException:
+        thread.close()
+        for scorer in ahead:
+            scorer.cancel()
+        raise
+    thread.close()
+
+
+def score(
+    trainer: FlowGRPOTrainer,
+    videos: list[Tensor],
+    samples: list[EditExample],
+    groups: list[int],
+    ahead: Mapping[RewardSet, Ahead],
+) -> Tensor:
+    """Score the clips, and compare them within their groups over all processes. Returns this process's [B].
+
+    `ahead`: of `asked_ahead`, which has taken these clips.
+    """
     args, scorer, device = trainer.args, trainer.rewards, trainer.args.device
     columns = reward_columns(samples)
-    rewards = trainer.gather_clips(_timed(trainer, scorer, videos, columns, groups))
+    rewards = trainer.gather_clips(_timed(trainer, scorer, videos, columns, groups, ahead))
     group_ids = trainer.gather_clips(torch.tensor(groups, device=device))
     combined = {
         "weights": scorer.weights_at(trainer.state.global_step).to(device),
@@ -38,7 +69,7 @@ def score(trainer: FlowGRPOTrainer, videos: list[Tensor], samples: list[EditExam
     _record_rewards(trainer, rewards, group_ids, combined)
     trainer.record("frac_reward_zero_std", zero_std_groups(advantages.unsqueeze(1), group_ids).mean())
     if trainer.watched is not None:
-        watched = trainer.gather_clips(_timed(trainer, trainer.watched, videos, columns, groups))
+        watched = trainer.gather_clips(_timed(trainer, trainer.watched, videos, columns, groups, ahead))
         _record_scores(trainer, trainer.watched, watched, "metrics")
     if args.watchdog != "off":
         for name, values in measure(videos, [sample.source for sample in samples]).items():
@@ -50,10 +81,15 @@ def score(trainer: FlowGRPOTrainer, videos: list[Tensor], samples: list[EditExam
 
 
 def _timed(
-    trainer: FlowGRPOTrainer, scorer: RewardSet, videos: list[Tensor], columns: dict[str, list], groups: list[int]
+    trainer: FlowGRPOTrainer,
+    scorer: RewardSet,
+    videos: list[Tensor],
+    columns: dict[str, list],
+    groups: list[int],
+    ahead: Mapping[RewardSet, Ahead],
 ) -> Tensor:
     """This process's scores, [B, K] on its device; what each reward took goes into `seconds/reward/<name>`."""
-    scores = outage.score(trainer, scorer, videos, columns, groups)
+    scores = outage.score(trainer, scorer, videos, columns, groups, ahead.get(scorer))
     for name, seconds in scorer.seconds.items():
         trainer._seconds[f"reward/{name}"] += seconds
     return scores.to(trainer.args.device)

@@ -75,6 +75,8 @@ class VLMJudge:
             settings = dict(options or {})
             transport = LocalVLM(model, **settings) if base_url is None else Endpoint(model, base_url, **settings)
         self.transport = transport
+        self.background = isinstance(transport, Endpoint)  # a `RewardOptions`: a local model computes here
+        self._pool: ThreadPoolExecutor | None = None  # of the last call
         self.model = model or type(transport).__name__
         self.requires = {"source_videos", "instructions"}
 
@@ -105,11 +107,16 @@ class VLMJudge:
             self._question(i, video, {name: values[i] for name, values in columns.items() if isinstance(values, list)})
             for i, video in enumerate(videos)
         ]
-        pool = ThreadPoolExecutor(self.transport.concurrency)
+        pool = self._pool = ThreadPoolExecutor(self.transport.concurrency)
         try:
             return list(pool.map(self._answer, questions))
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure the rest need not be asked
+
+    def cancel(self) -> None:
+        """Of a call that another thread waits for, the questions that have not been asked are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _question(self, i: int, video: Tensor, sample: dict[str, Any]) -> _Question:
         reference = sample.get("reference_images")

@@ -118,6 +118,14 @@ def test_a_list_flag_without_values_is_the_empty_list(recipe):
     assert parse("--config", path, "--reward_weights")[0].reward_weights == []
 
 
+def test_rewards_may_have_names(recipe):
+    path = recipe("train_data: a\nrewards: [quality=remote, alignment=remote]\n")
+    named = ["quality=remote", "alignment=remote"]
+    assert parse("--config", path)[0].rewards == named
+    assert parse("--config", path, "--rewards=quality=remote")[0].rewards == named[:1]
+    assert parse("--rewards", *named, "--train_data", "a")[0].rewards == named
+
+
 def test_a_switch_can_be_turned_off_from_either_side(recipe):
     assert parse("--train_data", "a", "--no_gradient_checkpointing")[1].gradient_checkpointing is False
     assert parse("--train_data", "a", "--gradient_checkpointing", "false")[1].gradient_checkpointing is False

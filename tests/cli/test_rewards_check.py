@@ -100,6 +100,14 @@ def test_a_groupwise_reward_may_compare_the_clips_of_its_group():
     assert bad(verdicts(ranked)).keys() <= {"whole clip"}
 
 
+def test_a_background_reward_is_checked_like_any_other():
+    def waits(videos):
+        return means(videos)
+
+    waits.background = True
+    assert bad(verdicts(waits)) == {}
+
+
 @pytest.mark.parametrize("column", ["videos", "source_videos", "masks"])
 def test_a_reward_that_changes_its_inputs_fails(column):
     def careless(videos, **columns):

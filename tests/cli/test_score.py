@@ -189,6 +189,23 @@ def test_what_is_scored_is_not_scored_again(folder, capsys, scored):
     assert main(words(folder)) == 0 and scored() == ALL
 
 
+def test_one_reward_under_two_names(folder, scored):
+    spec = f"{folder / 'rewards.py'}:change"
+    given = ["--rewards", f"once={spec},twice={spec}", "--reward_kwargs", "{twice: {factor: 2}}"]
+    command = [*words(folder), *given]
+    assert main(command) == 0
+    scores = [line["scores"] for line in rows_of(folder, "scores.jsonl")]
+    assert all(line.keys() == {"once", "twice"} for line in scores)
+    applies = [line for line in scores if line["once"] is not None]
+    assert len(applies) == 5
+    assert [line["twice"] for line in applies] == [pytest.approx(2 * line["once"]) for line in applies]
+    before = rows_of(folder, "scores.jsonl")
+    (folder / "rewards.py").write_text(REWARDS + "# changed\n")
+    assert main(command) == 0
+    after = rows_of(folder, "scores.jsonl")
+    assert all(one["fingerprint"] != other["fingerprint"] for one, other in zip(before, after, strict=True))
+
+
 def test_a_half_written_line_is_repaired(folder, capsys, scored):
     assert main(words(folder)) == 0
     whole = (folder / "scores.jsonl").read_bytes()

@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -285,6 +286,26 @@ def test_no_more_requests_at_a_time_than_allowed(endpoint):
     videos, columns = sample(6)
     assert judge(endpoint, num_frames=1, options={"concurrency": 2})(videos, **columns) == [8] * 6
     assert endpoint.most == 2
+
+
+def test_it_is_asked_in_the_background_at_an_endpoint_only(endpoint, tiny_vlm):
+    assert RewardSet([judge(endpoint)]).background == ["vlm_judge"]
+    assert RewardSet([VLMJudge(tiny_vlm)]).background == []
+    given = {"vlm_judge": {"background": False}}
+    assert RewardSet([judge(endpoint)], options=given).background == []
+
+
+def test_a_call_that_is_not_wanted_any_more_asks_no_further(endpoint):
+    endpoint.answers = [0.3]
+    waiting = judge(endpoint, num_frames=1, options={"concurrency": 1})
+    videos, columns = sample(6)
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(waiting, videos, **columns)
+        while not endpoint.requests:
+            time.sleep(0.01)
+        waiting.cancel()
+        assert isinstance(call.exception(timeout=10), CancelledError | RuntimeError)
+    assert len(endpoint.requests) == 1
 
 
 def test_a_key_that_is_not_set_is_named(monkeypatch):

@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -53,6 +54,17 @@ def test_a_remote_reward_gives_the_numbers_of_the_local_one(server, reward_file,
 def test_it_is_a_name_like_any_other(server, clips):
     rewards = RewardSet(["remote"], kwargs={"remote": {"url": server.url}})
     assert rewards.requires == set() and rewards(clips(2), {}).isfinite().all()
+
+
+def test_two_servers_in_one_recipe_have_names(server, nobody, clips):
+    given = {"quality": {"url": server.url}, "alignment": {"url": server.url, "name": "its own"}}
+    rewards = RewardSet(["quality=remote", "alignment=remote"], kwargs=given)
+    assert rewards.names == ["quality", "alignment"] == rewards.background
+    scores = rewards(clips(2), {})
+    assert scores.isfinite().all() and torch.equal(scores[:, 0], scores[:, 1])
+    given = {"quality": {"url": nobody, "name": "its own", "outage_limit": 0.1}}
+    with pytest.raises(OutageError, match="remote reward 'quality': no answer"):
+        RewardSet(["quality=remote"], kwargs=given)
 
 
 def test_its_needs_are_those_of_the_served_reward_and_nothing_else_is_sent(serve, reward_file, clips):
@@ -163,6 +175,19 @@ def test_a_thousand_requests_of_sixteen_threads(server, reward_file, clips):
     before = server.peak_memory()
     assert torch.equal(scores(Remote(server.url, samples_per_request=1, max_in_flight=16), videos), local)
     assert server.peak_memory() - before < 100
+
+
+def test_a_call_that_is_not_wanted_any_more_ends(clips):
+    """What another thread waits for may be a server that stays away for `outage_limit`."""
+    with stub(lambda path, body: (503, {}, b"") if path == "/score" else sane(path, body, {})) as (url, asked):
+        remote = Remote(url, outage_limit=30)
+        with ThreadPoolExecutor(1) as thread:
+            call = thread.submit(remote, clips(8))
+            while asked.count("/score") < 4:
+                time.sleep(0.01)
+            assert not call.done()
+            remote.cancel()
+            assert isinstance(call.exception(timeout=5), OutageError)
 
 
 # -- a server that answers nonsense ------------------------------------------------------------------------------------

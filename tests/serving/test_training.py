@@ -1,5 +1,6 @@
 """Training on a remote reward: a server that comes back costs time, one that stays away costs no update."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -87,7 +88,8 @@ def uninterrupted(grpo, reward, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_server_that_comes_back_changes_nothing(grpo, reward, serve, uninterrupted, tmp_path):
-    dying = serve(f"{reward}:brightness", environment={"DIE_AT": "2"})
+    """It dies with the first half of the second rollout, which is asked for while the second half is sampled."""
+    dying = serve(f"{reward}:brightness", environment={"DIE_AT": "3"})
 
     def replace():
         dying.process.wait()
@@ -100,7 +102,7 @@ def test_a_server_that_comes_back_changes_nothing(grpo, reward, serve, uninterru
 
 @pytest.mark.slow
 def test_a_server_that_stays_away_costs_no_update(grpo, reward, serve, uninterrupted, tmp_path, capsys):
-    dying = serve(f"{reward}:brightness", environment={"DIE_AT": "3"})
+    dying = serve(f"{reward}:brightness", environment={"DIE_AT": "5"})  # two requests a rollout
     assert main(grpo(tmp_path / "run", "remote", *remote(dying.url, 1))) == 2
     error = capsys.readouterr().err
     last = tmp_path / "run" / "checkpoint-2"
@@ -113,12 +115,25 @@ def test_a_server_that_stays_away_costs_no_update(grpo, reward, serve, uninterru
 
 
 @pytest.mark.slow
-def test_an_outage_of_one_process_stops_them_all_with_a_checkpoint(grpo, reward, tmp_path, monkeypatch):
+def test_an_interrupted_run_does_not_wait_for_its_server(grpo, reward, serve, tmp_path):
+    dying = serve(f"{reward}:brightness", environment={"DIE_AT": "1"})
+    words = grpo(tmp_path / "run", "remote", *remote(dying.url, 600))
+    run = subprocess.Popen([sys.executable, "-P", "-m", "editrl", *words], stderr=subprocess.PIPE, text=True)
+    assert any("it is asked again and again" in line for line in run.stderr)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)  # not `outage_limit`
+    assert run.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_an_outage_of_one_process_stops_them_all_with_a_checkpoint(grpo, reward, tmp_path, monkeypatch, background):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     words = grpo(tmp_path / "run", f"{reward}:away", "--num_processes", 2, "--use_cpu", "true")
+    words += ["--reward_options", f'{{"away": {{"background": {background}}}}}']
     words[words.index("--gradient_accumulation_steps") + 1] = "1"
     command = [sys.executable, "-P", "-m", "editrl", *words]
     stopped = subprocess.run(command, capture_output=True, text=True, check=False)

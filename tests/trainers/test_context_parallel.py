@@ -147,9 +147,9 @@ def compared(folder: Path) -> dict:
     trainer = grpo(folder, moody, max_steps=1)
     found = {}
 
-    def noted(trainer, videos, samples, groups):
+    def noted(trainer, videos, samples, groups, ahead):
         found.update(scores=moody(videos), groups=groups)
-        found["advantages"] = score(trainer, videos, samples, groups)
+        found["advantages"] = score(trainer, videos, samples, groups, ahead)
         return found["advantages"]
 
     with mock.patch("editrl.trainers.grpo.score", noted):
