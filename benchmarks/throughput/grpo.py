@@ -25,11 +25,13 @@ from editrl.benchmarks.throughput.edit import CLIP
 from editrl.benchmarks.throughput.models import write_editor, write_rewards
 from editrl.benchmarks.throughput.steps import GIB, LAYERS, stock_forward
 
-OURS = {"compile_blocks": True, "compile_vae": True, "activation_memory": "auto"}
+REPLAYED = {"compile_blocks": True, "compile_vae": True, "activation_memory": "auto", "merge_adapter": True}
+OURS = REPLAYED | {"one_pass": True}
 VARIANTS = {
     "baseline": {"gradient_checkpointing": True},
-    "ours": OURS | {"merge_adapter": True},
-    "ours, FP8 base": OURS | {"fp8_base": True},
+    "ours, replayed": REPLAYED,
+    "ours": OURS,
+    "ours, FP8 base": OURS | {"merge_adapter": False, "fp8_base": True},
 }
 WINDOW = 4
 PHASES = ("seconds/rollout", "seconds/decode", "seconds/reward", "seconds/train")
@@ -96,10 +98,12 @@ def trainer(options: argparse.Namespace, folder: str) -> editrl.FlowGRPOTrainer:
 
 
 def settings(options: argparse.Namespace) -> dict:
-    """The variant's fields; without a GPU a fixed budget, since there is none to ask, and ZeRO-3 plans none."""
+    """The variant's fields; without a GPU a fixed budget, since there is none to ask. ZeRO-3 has neither budget nor
+    whole weights to differentiate a rollout with."""
     fields = dict(VARIANTS[options.variant])
-    if "activation_memory" in fields and options.deepspeed == "zero3":
-        del fields["activation_memory"]
+    if options.deepspeed == "zero3":
+        for name in ("activation_memory", "one_pass"):
+            fields.pop(name, None)
         fields["gradient_checkpointing"] = True
     elif "activation_memory" in fields and options.device == "cpu":
         fields["activation_memory"] = "1"
