@@ -132,6 +132,10 @@ class FlowConfig(TrainingArguments):
         degree, world = self.context_parallel, self.world_size
         self.require(degree >= 1, f"context_parallel must be at least 1, got {degree}")
         self.require(
+            degree == 1 or not self.compile_blocks,
+            "compile_blocks does not go with context_parallel, whose blocks send messages; drop one of them",
+        )
+        self.require(
             world % degree == 0,
             f"context_parallel {degree} must divide the number of processes, {world}; start a multiple of {degree} "
             f"(torchrun --nproc_per_node {degree}), or set context_parallel to 1",
