@@ -38,7 +38,8 @@ class FlowConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Compile the transformer's blocks, one graph for all of a class. The window of a rollout then runs "
-            "through the graph that training uses, so that the ratio starts at 1."
+            "through the graph that training uses, so that the ratio starts at 1. Under ZeRO-3 only deterministic "
+            "steps are compiled, of rollouts and evaluations with gathered weights. Not with context_parallel."
         },
     )
     compile_vae: bool = field(

@@ -85,24 +85,21 @@ def sample_groups(
 
 
 def sampling_model(trainer: FlowGRPOTrainer) -> nn.Module:
-    """What a rollout calls. Compiled, steps run with gradient, and not through DDP, which would take each of these
-    forwards for one of training."""
+    """What a rollout calls. Where training is compiled, steps run with gradient, and not through DDP, which would take
+    each of these forwards for one of training."""
     model = trainer.sampler.model
-    return trainer.accelerator.unwrap_model(model) if trainer.args.compile_blocks else model
+    return trainer.accelerator.unwrap_model(model) if trainer.sampler.trained_compiled else model
 
 
 def contexts(trainer: FlowGRPOTrainer) -> dict[str, Callable]:
     """How a rollout runs its forwards.
 
-    Deterministic steps are not scored, so they may be rounded otherwise: with merged adapters. Compiled, a forward with
-    gradient and one without are two graphs that round differently, and the ratio would not start at 1: the stochastic
-    steps, which are replayed, take the one with gradient.
+    The stochastic steps are replayed: they run as training does, so that the ratio starts at 1. Deterministic steps are
+    not scored, and may be rounded otherwise: with merged adapters, where there are whole weights to merge.
     """
-    found = {}
-    if trainer.args.merge_adapter:
+    found = {"around_window": trainer.sampler.as_trained}
+    if trainer.args.merge_adapter and trainer.sampler.whole:
         found["around_ode"] = MergedAdapter(trainer.accelerator.unwrap_model(trainer.model))
-    if trainer.args.compile_blocks:
-        found["around_window"] = torch.enable_grad
     return found
 
 
