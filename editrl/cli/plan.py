@@ -111,29 +111,31 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
     window = args.sde_window_size if args.on_window else 0
     replayed = 0 if args.one_pass else window  # whose forward is not the one that is differentiated
     plain = forward_seconds(base if args.merge_adapter else work, rates, compiled)
-    rollout = (args.num_inference_steps - window) * plain + replayed * forward_seconds(work, rates, compiled)
     held = 4 * trained / gib * clips if args.one_pass else 0.0
     pixels = clip[0] * clip[1] * clip[2]
     decoding = pixels * DECODE_SECONDS * rates_ratio(H200, rates)
-    reference = forward_seconds(base, rates, compiled) if args.beta else 0.0
     resident = 0.0 if args.conditions_cache else FROZEN_GIB
     merged = weights if args.merge_adapter else 0.0
-    rows = []
+    rows, rollouts = [], {}
     for stage in STAGES:
+        repeated = compiled and stage != "zero3"  # which compiles nothing that is trained
+        stochastic = forward_seconds(work, rates, repeated)
+        rollouts[stage] = (args.num_inference_steps - window) * plain + replayed * stochastic
+        reference = forward_seconds(base, rates, repeated) if args.beta else 0.0
         shards = {
             name: machines.gpus if STAGES.index(stage) >= least else 1
             for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))
         }
         states = trained / gib * (12 / shards["optimizer"] + 4 / shards["gradients"]) + weights / shards["weights"]
         for level in work.kept if stage != "zero3" else ["none"]:  # which plans no activations
-            step = training_seconds(work, rates, compiled, level) + reference
+            step = training_seconds(work, rates, repeated, level) + reference
             step *= GATHERED_TRAINING if stage == "zero3" else 1
             kept = batch * activation_gib(work, level)
             training = states + kept + (0.0 if args.park_frozen else resident)
             # The window of a compiled rollout, or of one pass, runs with gradient; decoding comes afterwards.
-            more = max(pixels * DECODE_BYTES / gib, merged + (kept if compiled or args.one_pass else 0.0))
+            more = max(pixels * DECODE_BYTES / gib, merged + (kept if repeated or args.one_pass else 0.0))
             sampling = states - weights / shards["weights"] + weights + resident + more + held
-            update = clips * (rollout + decoding) + trained_clips * args.pairs_per_clip * step
+            update = clips * (rollouts[stage] + decoding) + trained_clips * args.pairs_per_clip * step
             rows.append(
                 Row(
                     stage,
@@ -147,9 +149,9 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
             )
     notes = [
         f"shapes: {source}; {trained / 1e6:,.0f} M trained parameters, {weights:.1f} GiB of weights",
-        f"a rollout of one clip: {rollout:.1f} s"
-        f"{', without its stochastic steps, which are trained as they are sampled' if args.one_pass else ''}; "
-        f"clips a process and rollout: {clips:g}",
+        f"a rollout of one clip: {rollouts['none']:.1f} s ({rollouts['zero3']:.1f} s under zero3)"
+        f"{', without its stochastic steps, which are trained as they are sampled' if args.one_pass else ''}; clips a "
+        f"process and rollout: {clips:g}",
         "rollout_gib holds the whole weights, as ds3_gather_for_rollout does; not counted: reward models, the latent "
         "frame of a reference image, what a shared prefix saves",
         f"rates of an H200 (719 TFLOP/s), scaled to {machines.tflops:g}; the blocks' activations at "

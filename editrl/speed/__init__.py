@@ -5,7 +5,7 @@ from editrl.speed.cost import H200, Rates, Work, activation_gib, forward_seconds
 from editrl.speed.fp8 import FP8Linear, quantize_blocks
 from editrl.speed.merge import MergedAdapter
 from editrl.speed.parking import Parked, park_frozen_modules
-from editrl.speed.prepare import compile_vae, prepare_transformer, repeated_blocks
+from editrl.speed.prepare import calling, compile_vae, compiled_calls, prepare_transformer, repeated_blocks
 
 __all__ = [
     "H200",
@@ -17,7 +17,9 @@ __all__ = [
     "Work",
     "activation_gib",
     "block_function",
+    "calling",
     "compile_vae",
+    "compiled_calls",
     "footprint",
     "forward_seconds",
     "park_frozen_modules",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
@@ -57,12 +58,30 @@ def prepare_transformer(
     elif checkpointed:
         model.enable_gradient_checkpointing()
     if compiled:
-        # A graph each for: classes of blocks, levels of activations, with and without gradient, adapter on and off.
-        allow_graphs(64)
-        # DDP would have its own idea of where to cut a graph.
-        torch._dynamo.config.optimize_ddp = False
-        for block in blocks:
-            block.compile()
+        for block, call in compiled_calls(blocks).items():
+            block._compiled_call_impl = call
+
+
+def compiled_calls(blocks: Sequence[nn.Module]) -> dict[nn.Module, Callable]:
+    """Block -> its compiled call, one graph for all of a class; `block.compile()` would put it in place at once."""
+    # A graph each for: classes of blocks, levels of activations, with and without gradient, adapter on and off.
+    allow_graphs(64)
+    # DDP would have its own idea of where to cut a graph.
+    torch._dynamo.config.optimize_ddp = False
+    return {block: torch.compile(block._call_impl) for block in blocks}
+
+
+@contextmanager
+def calling(calls: Mapping[nn.Module, Callable | None]) -> Iterator[None]:
+    """Within the block these modules are called so; None: as they are, not compiled."""
+    before = {module: module._compiled_call_impl for module in calls}
+    try:
+        for module, call in calls.items():
+            module._compiled_call_impl = call
+        yield
+    finally:
+        for module, call in before.items():
+            module._compiled_call_impl = call
 
 
 def compile_vae(modules: Iterable[nn.Module], part: str) -> None:

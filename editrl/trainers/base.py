@@ -64,10 +64,6 @@ class FlowTrainer(Trainer):
             quantize_blocks(repeated_blocks(policy.transformer))
         if peft_config is not None:
             policy.transformer = get_peft_model(policy.transformer, peft_config)
-        if args.compile_blocks and is_deepspeed_zero3_enabled():
-            raise EditrlError(
-                "compile_blocks does not work with ZeRO-3, which swaps the weights; use ZeRO-2, or drop it"
-            )
         memory = args.activation_memory
         if memory is not None and (is_deepspeed_zero3_enabled() or args.context_parallel > 1):
             raise EditrlError(
@@ -76,7 +72,7 @@ class FlowTrainer(Trainer):
             )
         prepare_transformer(
             policy.transformer,
-            compiled=args.compile_blocks,
+            compiled=args.compile_blocks and not is_deepspeed_zero3_enabled(),  # whose Sampler compiles
             checkpointed=args.gradient_checkpointing,
             activation_memory=memory if memory in (None, "auto") else float(memory),
             attention_backend=args.attention_backend,

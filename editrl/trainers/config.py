@@ -38,7 +38,8 @@ class FlowConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Compile the transformer's blocks, one graph for all of a class. The window of a rollout then runs "
-            "through the graph that training uses, so that the ratio starts at 1."
+            "through the graph that training uses, so that the ratio starts at 1. Under ZeRO-3 only deterministic "
+            "steps are compiled, of rollouts and evaluations with gathered weights. Not with context_parallel."
         },
     )
     compile_vae: bool = field(
@@ -131,6 +132,10 @@ class FlowConfig(TrainingArguments):
     def _check_context_parallel(self) -> None:
         degree, world = self.context_parallel, self.world_size
         self.require(degree >= 1, f"context_parallel must be at least 1, got {degree}")
+        self.require(
+            degree == 1 or not self.compile_blocks,
+            "compile_blocks does not go with context_parallel, whose blocks send messages; drop one of them",
+        )
         self.require(
             world % degree == 0,
             f"context_parallel {degree} must divide the number of processes, {world}; start a multiple of {degree} "

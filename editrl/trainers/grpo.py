@@ -14,7 +14,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
 from editrl.cache import open_cache
@@ -94,8 +93,6 @@ class FlowGRPOTrainer(FlowTrainer):
         adapted = peft_config is not None or isinstance(policy.transformer, PeftModel)
         if args.merge_adapter and not adapted:
             raise EditrlError("merge_adapter needs LoRA; set use_peft (in Python: give peft_config), or drop it")
-        if args.merge_adapter and is_deepspeed_zero3_enabled():
-            raise EditrlError("merge_adapter needs whole weights, which ZeRO-3 does not keep; use ZeRO-2, or drop it")
         if args.beta and not adapted and args.deepspeed:
             raise EditrlError("beta without LoRA needs a second whole model, which DeepSpeed does not hold; use LoRA")
         if args.beta and not adapted and args.context_parallel > 1:

@@ -96,7 +96,7 @@ class FlowGRPOConfig(FlowConfig):
         default=False,
         metadata={
             "help": "Merge LoRA into a second copy of its weights for the deterministic steps of a rollout: faster, "
-            "for the memory of that copy while sampling."
+            "for the memory of that copy while sampling. Under ZeRO-3 where the weights are gathered for a rollout."
         },
     )
 

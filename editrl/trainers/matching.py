@@ -62,8 +62,7 @@ def noised_batch(trainer: FlowGRPOTrainer, chunk: Chunk, draw: int, compared: Te
     old_velocity = None
     if needs_old_velocity(trainer):
         latents = add_noise(clean, noise, sigma)
-        # Compiled, the graph of training is another than that without gradient, and rounds otherwise.
-        with torch.set_grad_enabled(args.compile_blocks):
+        with trainer.sampler.as_trained():
             model = sampling_model(trainer)
             old_velocity = trainer.policy.velocity(model, latents, sigma, chunk.conditions).detach()
     return NoisedBatch(clean, noise, sigma, old_velocity, chunk.advantages, compared, chunk.conditions)

@@ -85,22 +85,20 @@ def sample_groups(
 def sampling_model(trainer: FlowGRPOTrainer) -> nn.Module:
     """What a rollout calls. Where steps run with gradient, not through DDP, which would take each of these forwards for
     one of training."""
-    model, args = trainer.sampler.model, trainer.args
-    return trainer.accelerator.unwrap_model(model) if args.compile_blocks or args.one_pass else model
+    model, with_gradient = trainer.sampler.model, trainer.sampler.trained_compiled or trainer.args.one_pass
+    return trainer.accelerator.unwrap_model(model) if with_gradient else model
 
 
 def contexts(trainer: FlowGRPOTrainer) -> dict[str, Callable]:
     """How a rollout runs its forwards.
 
-    Deterministic steps are not scored, so they may be rounded otherwise: with merged adapters. Compiled, a forward with
-    gradient and one without are two graphs that round differently, and the ratio would not start at 1: the stochastic
-    steps, which are replayed, take the one with gradient. So do those whose gradient is collected (`one_pass`).
+    The stochastic steps are replayed: they run as training does, so that the ratio starts at 1; or they are
+    differentiated at once (`one_pass`). Deterministic steps are not scored, and may be rounded otherwise: with merged
+    adapters, where there are whole weights to merge.
     """
-    found = {}
-    if trainer.args.merge_adapter:
+    found = {"around_window": torch.enable_grad if trainer.args.one_pass else trainer.sampler.as_trained}
+    if trainer.args.merge_adapter and trainer.sampler.whole:
         found["around_ode"] = MergedAdapter(trainer.accelerator.unwrap_model(trainer.model))
-    if trainer.args.compile_blocks or trainer.args.one_pass:
-        found["around_window"] = torch.enable_grad
     return found
 
 

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from editrl.cache import Encoded, encode_examples, open_cache
 from editrl.data import EditDataset, EditExample
@@ -67,6 +68,8 @@ class FlowSFTTrainer(FlowTrainer):
                     raise EditrlError(
                         f"row '{dataset.row(index).get('id', index)}' has no target clip; SFT needs one in every row"
                     )
+        if args.compile_blocks and is_deepspeed_zero3_enabled():
+            raise EditrlError("under ZeRO-3 compile_blocks compiles rollouts, and SFT has none; use ZeRO-2, or drop it")
         self.cache = open_cache(args.conditions_cache, policy, train_dataset, eval_dataset)
         self._kept: dict[tuple[EditDataset, int], Encoded] = {}
         decode = not args.cache_conditions and self.cache is None

@@ -6,16 +6,18 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
 from editrl.errors import EditrlError, did_you_mean
+from editrl.speed import calling, compiled_calls, repeated_blocks
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +111,9 @@ def mark_leaf_blocks(transformer: nn.Module) -> None:
 class Sampler:
     """What a trainer samples with: its wrapped model, under ZeRO-3 perhaps with the weights gathered once a rollout.
 
+    Under ZeRO-3 `compile_blocks` means the blocks within `gathered`. Training is eager, the compiled calls set aside:
+    there DeepSpeed's hooks fetch and release the weights.
+
     Args:
         trainer: whose `model_wrapped`.
         gather: whether to gather; None decides it at the first rollout, by what memory the processes have left.
@@ -116,12 +121,32 @@ class Sampler:
 
     def __init__(self, trainer: Trainer, gather: bool | None = None):
         self.trainer, self.gather = trainer, gather
+        self._decided = False
         self._module: nn.Module | None = None
+        self._calls: dict[nn.Module, Callable] = {}
 
     @property
     def model(self) -> nn.Module:
         """The transformer to call: bare within `gathered`, else wrapped."""
         return self.trainer.model_wrapped if self._module is None else self._module
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights are there, to be merged and the like: sharded, they are within `gathered` only."""
+        return self._module is not None or not is_sharded(self.trainer.model_wrapped)
+
+    @property
+    def trained_compiled(self) -> bool:
+        """Whether training runs through compiled blocks."""
+        return self.trainer.args.compile_blocks and not is_sharded(self.trainer.model_wrapped)
+
+    def as_trained(self) -> contextlib.AbstractContextManager:
+        """The context of forwards that training repeats, and that have to be rounded as it rounds them.
+
+        A compiled forward with gradient and one without are two graphs that round differently: these forwards take the
+        one with gradient. Where training is not compiled they are not either.
+        """
+        return torch.enable_grad() if self.trained_compiled else calling(dict.fromkeys(self._calls))
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -130,22 +155,35 @@ class Sampler:
         if self._module is not None or not is_sharded(engine) or not self._gathers(engine):
             yield
             return
-        with gathered(engine) as self._module:
+        if self.trainer.args.compile_blocks and not self._calls:
+            self._calls = compiled_calls(repeated_blocks(engine.module))
+        with gathered(engine) as module, calling(self._calls):
+            self._module = module
             try:
                 yield
             finally:
                 self._module = None
 
     def _gathers(self, engine: nn.Module) -> bool:
-        if self.gather is None:
-            device = self.trainer.args.device
-            fits, figures = gathering_fits(engine, device)
-            # All or none: gathering is a matter of all processes.
-            self.gather = bool(self.trainer.accelerator.gather(torch.tensor([fits], device=device)).all())
-            if self.trainer.is_world_process_zero():
-                how = "once a rollout" if self.gather else "in every forward"
-                logger.warning(f"ZeRO-3 gathers the weights {how} ({figures}); ds3_gather_for_rollout overrules that")
+        if not self._decided:
+            self._decided = True
+            self._decide(engine)
         return self.gather
+
+    def _decide(self, engine: nn.Module) -> None:
+        args, told = self.trainer.args, []
+        if self.gather is None:
+            fits, figures = gathering_fits(engine, args.device, merged=args.merge_adapter)
+            # All or none: gathering is a matter of all processes.
+            self.gather = bool(self.trainer.accelerator.gather(torch.tensor([fits], device=args.device)).all())
+            how = "once a rollout" if self.gather else "in every forward"
+            told.append(f"ZeRO-3 gathers the weights {how} ({figures}); ds3_gather_for_rollout overrules that")
+        idle = [name for name in ("compile_blocks", "merge_adapter") if getattr(args, name) and not self.gather]
+        if idle:
+            told.append(f"{' and '.join(idle)}: nothing to do, since the weights are not gathered for a rollout")
+        if self.trainer.is_world_process_zero():
+            for line in told:
+                logger.warning(line)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -153,11 +191,18 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "zero_optimization_partition_weights") and model.zero_optimization_partition_weights()
 
 
-def gathering_fits(engine: nn.Module, device: torch.device) -> tuple[bool, str]:
-    """Whether all weights of a ZeRO-3 engine fit on this device at once, and the figures."""
+def gathering_fits(engine: nn.Module, device: torch.device, merged: bool = False) -> tuple[bool, str]:
+    """Whether all weights of a ZeRO-3 engine fit on this device at once, and the figures.
+
+    `merged`: beside second ones of all layers with LoRA, as `MergedAdapter` makes them.
+    """
     if device.type != "cuda":
         return True, f"{device.type} has no memory of its own"
-    needed = sum(parameter.ds_numel * parameter.element_size() for parameter in engine.module.parameters())
+    weights = list(engine.module.parameters())
+    if merged:
+        layers = [layer for layer in engine.module.modules() if isinstance(layer, LoraLayer)]
+        weights += [layer.get_base_layer().weight for layer in layers]
+    needed = sum(weight.ds_numel * weight.element_size() for weight in weights)
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's cache
     figures = f"{needed / 2**30:.1f} GiB of weights, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

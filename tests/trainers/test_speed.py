@@ -97,6 +97,7 @@ def test_compiled_blocks_start_with_a_ratio_of_one(grpo, updates):
         ({"torch_compile": True}, "use compile_blocks"),
         ({"merge_adapter": True, "fp8_base": True}, "drop merge_adapter"),
         ({"compile_blocks": True, "old_log_prob": "recompute"}, "drop old_log_prob"),
+        ({"compile_blocks": True, "context_parallel": 2}, "compile_blocks does not go with context_parallel"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path, changes, message):

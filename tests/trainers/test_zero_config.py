@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from peft import LoraConfig, get_peft_model
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from editrl.errors import EditrlError
-from editrl.trainers import FlowSFTConfig, zero
+from editrl.trainers import FlowSFTConfig, FlowSFTTrainer, zero
 
 NAMES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
@@ -125,8 +126,26 @@ def test_weights_are_gathered_where_they_leave_a_tenth_of_the_memory(monkeypatch
     assert zero.gathering_fits(engine, torch.device("cpu"))[0]
 
 
-def test_use_cpu_does_not_turn_deepspeed_off_in_silence(fresh_policy, pairs):
-    from editrl.trainers import FlowSFTTrainer
+def test_merged_weights_need_room_beside_the_others(monkeypatch):
+    base = torch.nn.Sequential(torch.nn.Linear(2**10, 2**10, bias=False))
+    model = get_peft_model(base, LoraConfig(r=1, target_modules=["0"]))
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**20, 5 * 2**20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    engine, device = SimpleNamespace(module=model), torch.device("cuda")  # 4 MiB, to be merged 8
+    assert zero.gathering_fits(engine, device)[0]
+    assert not zero.gathering_fits(engine, device, merged=True)[0]
 
+
+def test_sft_under_zero3_has_nothing_to_compile(fresh_policy, pairs):
+    policy, args = fresh_policy(), sft("zero3")
+    args.compile_blocks = True
+    with pytest.raises(EditrlError, match="under ZeRO-3 compile_blocks compiles rollouts, and SFT has none"):
+        FlowSFTTrainer(policy, args, pairs)
+
+
+def test_use_cpu_does_not_turn_deepspeed_off_in_silence(fresh_policy, pairs):
     with pytest.raises(EditrlError, match="use_cpu turns DeepSpeed off"):
         FlowSFTTrainer(fresh_policy(), sft("zero2"), pairs)
