@@ -50,7 +50,7 @@ def join(trajectories: Sequence[Trajectory]) -> Trajectory:
 
     def joined(name: str):
         values = [getattr(trajectory, name) for trajectory in trajectories]
-        if name == "steps":
+        if name in ("steps", "collected"):
             return values[0]
         return torch.cat(values) if name == "clean" else [torch.cat(step) for step in zip(*values, strict=True)]
 
@@ -62,7 +62,7 @@ def take(trajectory: Trajectory, rows: Sequence[int]) -> Trajectory:
 
     def taken(name: str):
         value = getattr(trajectory, name)
-        if name == "steps":
+        if name in ("steps", "collected"):
             return value
         return value[rows] if name == "clean" else [step[rows] for step in value]
 

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
 
 from editrl.cache import open_cache
