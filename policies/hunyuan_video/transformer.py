@@ -72,6 +72,13 @@ def rope_of_joined(rope: tuple[Tensor, Tensor], text_length: int) -> tuple[Tenso
     return torch.cat([cos, still]), torch.cat([sin, torch.zeros_like(still)])
 
 
+def _any_length(*dimensions: tuple[Tensor | None, int]) -> None:
+    """Tell the compiler that these (tensor, dimension) will have other sizes."""
+    for tensor, dimension in dimensions:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
 class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
     """Stock `HunyuanVideoTransformer3DModel` whose input carries `source_channels` more channels: [noise | source].
 
@@ -172,14 +179,18 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         if encoder_attention_mask is not None:
             every_video_token = torch.ones_like(video[:, :, 0], dtype=torch.bool)
             mask = torch.cat([every_video_token, encoder_attention_mask != 0], dim=1)[:, None, None]
+        # Compiled, one graph for instructions of all lengths: two would round differently.
+        _any_length((text, 1), (mask, 3))
         shared = (temb, mask, rope, replaced, grid[1] * grid[2])
         for block in self.transformer_blocks:
             video, text = self._run(block, video, text, *shared)
         # Processes that share a clip hold the tokens in another order.
         joined = self._parallel_config is None and self.config.image_condition_type != "token_replace"
         if joined:
-            shared = (temb, mask, rope_of_joined(rope, text.shape[1]))
+            rope = rope_of_joined(rope, text.shape[1])
             length, video, text = video.shape[1], torch.cat([video, text], dim=1), None
+            _any_length((video, 1), (rope[0], 0), (rope[1], 0))
+            shared = (temb, mask, rope)
         for block in self.single_transformer_blocks:
             video, text = self._run(block, video, text, *shared)
         if joined:
