@@ -8,8 +8,6 @@ keeps its results.
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 import editrl
+from editrl.benchmarks.record import machine, write_json
 from editrl.recipes.shapes import WEIGHTS
 from editrl.recipes.shapes.dataset import rows
 from editrl.recipes.shapes.world import sample_scenes
@@ -84,20 +83,6 @@ class Recorder(TrainerCallback):
         self.result["evaluations"].append(point)
         print(json.dumps({"run": self.path.stem, **point}), flush=True)
         write_json(self.path, self.result)
-
-
-def write_json(path: Path, value) -> None:
-    """Atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def machine(device: str) -> dict[str, str]:
-    """What the figures were measured on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "cpus": str(os.cpu_count())}
 
 
 def build(options: argparse.Namespace, callbacks=(), held_out: editrl.EditDataset | None = None):

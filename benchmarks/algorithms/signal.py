@@ -20,7 +20,8 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-from editrl.benchmarks.algorithms.learning import build, described, machine, parser, write_json
+from editrl.benchmarks.algorithms.learning import build, described, parser
+from editrl.benchmarks.record import machine, write_json
 
 # What is compared; everything else is as in `learning`.
 ALGORITHMS = {

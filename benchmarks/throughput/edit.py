@@ -9,8 +9,6 @@ and the kernel can drop, are counted apart.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import threading
@@ -21,6 +19,7 @@ from pathlib import Path
 import torch
 
 import editrl
+from editrl.benchmarks.record import machine, write_json
 from editrl.data import EditExample
 from editrl.flow import sigma_schedule
 from editrl.rollout import counter_noise, rollout
@@ -117,11 +116,7 @@ def run(options: argparse.Namespace) -> dict:
     loaded = parts.measured["load"]
     return {
         "settings": {k: v for k, v in vars(options).items() if k not in ("out", "folder")},
-        "machine": {
-            "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
-            "torch": torch.__version__,
-            "cpus": os.cpu_count(),
-        },
+        "machine": machine(device),
         "clip": {"frames": frames, "height": height, "width": width},
         "tokens": {
             "video": clean.shape[2] * clean.shape[3] * clean.shape[4] // 4,
@@ -152,7 +147,7 @@ def main() -> None:
     options = options.parse_args()
     result = run(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
     print(json.dumps(result, indent=1))
 
 

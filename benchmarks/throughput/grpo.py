@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 import editrl
-from editrl.benchmarks.algorithms.learning import machine, write_json
+from editrl.benchmarks.record import machine, write_json
 from editrl.benchmarks.throughput.edit import CLIP
 from editrl.benchmarks.throughput.models import write_editor, write_rewards
 from editrl.benchmarks.throughput.steps import GIB, LAYERS, stock_forward
@@ -128,10 +128,12 @@ def write_figure(options: argparse.Namespace, steps: list[dict], processes: int)
     last = {phase: round(steps[-1][phase], 3) for phase in PHASES}
     figure = {
         "seconds": round(sum(last.values()), 3),
+        "seconds_per_clip": round(sum(last.values()) / options.members, 3),
         "phases": last,
         "first_step_seconds": round(sum(steps[0][phase] for phase in PHASES), 1),
         "ratio_deviation": [step["ratio/deviation"] for step in steps],
-        "clips": options.members * processes,
+        "clips": options.members,
+        "processes": processes,
         "inference_steps": options.inference_steps,
     }
     if options.device == "cuda":
@@ -142,11 +144,9 @@ def write_figure(options: argparse.Namespace, steps: list[dict], processes: int)
         result = json.loads(options.out.read_text())
     result["variants"][name] = figure
     baseline = result["variants"].get("baseline")
-    if baseline:
-        for found in result["variants"].values():
-            found["ratio_per_clip"] = round(
-                found["seconds"] / found["clips"] / (baseline["seconds"] / baseline["clips"]), 3
-            )
+    for found in result["variants"].values() if baseline else ():
+        # Of a clip on a GPU: processes work on clips of their own.
+        found["ratio"] = round(found["seconds_per_clip"] / baseline["seconds_per_clip"], 3)
     write_json(options.out, result)
     print(json.dumps({name: figure}, indent=1), flush=True)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from editrl.benchmarks.algorithms.learning import machine, write_json
+from editrl.benchmarks.record import machine, write_json
 from editrl.benchmarks.throughput.steps import LATENTS, Steps, matmul_peak
 from editrl.speed import MergedAdapter, prepare_transformer
 

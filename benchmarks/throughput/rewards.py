@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import editrl
-from editrl.benchmarks.algorithms.learning import machine, write_json
+from editrl.benchmarks.record import machine, write_json
 from editrl.benchmarks.throughput.edit import CLIP
 from editrl.benchmarks.throughput.models import write_rewards
 from editrl.reward import reward_columns

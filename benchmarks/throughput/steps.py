@@ -21,7 +21,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from peft import LoraConfig, get_peft_model
 
-from editrl.benchmarks.algorithms.learning import machine, write_json
+from editrl.benchmarks.record import machine, write_json
 from editrl.benchmarks.throughput.models import TRANSFORMER
 from editrl.registry import policies
 from editrl.speed import MergedAdapter, Work, prepare_transformer, quantize_blocks, repeated_blocks

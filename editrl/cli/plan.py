@@ -12,6 +12,12 @@ FROZEN_GIB = 16.3
 DECODE_BYTES, DECODE_SECONDS = 1630, 1.27e-7
 """Of the VAE, for a pixel of a frame, in one piece: 20 GiB and 1.67 s for 33 frames of 480x832 (the same file)."""
 
+COMPILED_DECODE = 0.5
+"""What `compile_vae` leaves of that (grpo-full-h200.json)."""
+
+ENCODE_SECONDS = 7.4e-8
+"""Of encoding a source, for a pixel of a frame (edit-full-h200.json)."""
+
 GATHERED_TRAINING = 1.35
 """ZeRO-3 against ZeRO-2, a training step of the 13B on two GPUs."""
 
@@ -113,7 +119,8 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
     plain = forward_seconds(base if args.merge_adapter else work, rates, compiled)
     held = 4 * trained / gib * clips if args.one_pass else 0.0
     pixels = clip[0] * clip[1] * clip[2]
-    decoding = pixels * DECODE_SECONDS * rates_ratio(H200, rates)
+    decoding = pixels * DECODE_SECONDS * rates_ratio(H200, rates) * (COMPILED_DECODE if args.compile_vae else 1)
+    encoding = pixels * ENCODE_SECONDS * rates_ratio(H200, rates) * clips / args.num_generations
     resident = 0.0 if args.conditions_cache else FROZEN_GIB
     merged = weights if args.merge_adapter else 0.0
     rows, rollouts = [], {}
@@ -136,6 +143,7 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
             more = max(pixels * DECODE_BYTES / gib, merged + (kept if repeated or args.one_pass else 0.0))
             sampling = states - weights / shards["weights"] + weights + resident + more + held
             update = clips * (rollouts[stage] + decoding) + trained_clips * args.pairs_per_clip * step
+            update += 0 if args.conditions_cache else encoding
             rows.append(
                 Row(
                     stage,
