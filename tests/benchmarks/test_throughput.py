@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from editrl.benchmarks.throughput.plot import bars, draw
 
 TINY = ["--size", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -26,17 +29,48 @@ def test_an_edit_is_measured_part_by_part(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_grpo_step_is_measured_by_phase(tmp_path):
-    command = [sys.executable, "-m", "editrl.benchmarks.throughput.grpo", *TINY[:4], "--variant", "baseline"]
+def test_whole_grpo_steps_are_measured_by_phase(tmp_path):
+    command = [sys.executable, "-m", "editrl.benchmarks.throughput.grpo", *TINY[:4]]
     command += ["--members", "2", "--inference_steps", "10", "--steps", "1"]
     command += ["--folder", str(tmp_path / "editor"), "--out", str(tmp_path / "grpo.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    for variant in ("baseline", "ours"):
+        done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    variants = json.loads((tmp_path / "grpo.json").read_text())["variants"]
+    assert list(variants) == ["baseline", "ours"]
+    for figure in variants.values():
+        assert figure["phases"].keys() == {f"seconds/{phase}" for phase in ("rollout", "decode", "reward", "train")}
+        assert figure["seconds"] == pytest.approx(sum(figure["phases"].values()), abs=0.01)
+        assert figure["seconds_per_clip"] == pytest.approx(figure["seconds"] / 2, abs=0.01)
+        assert figure["ratio_deviation"] == [0]
+        per_clip = variants["baseline"]["seconds_per_clip"]
+        assert figure["ratio"] == pytest.approx(figure["seconds_per_clip"] / per_clip, abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_step_add_up(tmp_path):
+    command = [sys.executable, "-m", "editrl.benchmarks.throughput.kernels", *TINY[:4]]
+    done = subprocess.run([*command, "--out", str(tmp_path / "kernels.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    [(name, figure)] = json.loads((tmp_path / "grpo.json").read_text())["variants"].items()
-    assert name == "baseline"
-    assert figure["phases"].keys() == {f"seconds/{phase}" for phase in ("rollout", "decode", "reward", "train")}
-    assert figure["seconds"] == pytest.approx(sum(figure["phases"].values()), abs=0.01)
-    assert figure["ratio_deviation"] == [0]
+    steps = json.loads((tmp_path / "kernels.json").read_text())["steps"]
+    assert len(steps) == 3
+    for found in steps.values():
+        assert sum(found["by_kind"].values()) == pytest.approx(found["milliseconds"], abs=1)
+        assert found["by_kind"]["attention, forward"] > 0
+
+
+def test_the_kept_results_are_drawn(tmp_path):
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "throughput"
+    panels = bars(results)
+    assert panels.keys() == {
+        "rollout step",
+        "training step",
+        "whole GRPO step, a clip",
+        "where the time of a step goes",
+    }
+    assert next(iter(panels["whole GRPO step, a clip"])) == "baseline", "the longest first"
+    draw(panels, tmp_path / "figures.png")
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
