@@ -138,10 +138,12 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
             step = training_seconds(work, rates, repeated, level) + reference
             step *= GATHERED_TRAINING if stage == "zero3" else 1
             kept = batch * activation_gib(work, level)
-            training = states + kept + (0.0 if args.park_frozen else resident)
+            idle = 0.0 if args.park_frozen else resident
+            training = states + kept + idle
             # The window of a compiled rollout, or of one pass, runs with gradient; decoding comes afterwards.
             more = max(pixels * DECODE_BYTES / gib, merged + (kept if repeated or args.one_pass else 0.0))
-            sampling = states - weights / shards["weights"] + weights + resident + more + held
+            # Parked models are awake while they encode.
+            sampling = states - weights / shards["weights"] + weights + max(resident, idle + more + held)
             update = clips * (rollouts[stage] + decoding) + trained_clips * args.pairs_per_clip * step
             update += 0 if args.conditions_cache else encoding
             rows.append(
@@ -169,8 +171,9 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
     if best is None:
         notes.append("nothing fits: smaller clips, more GPUs, conditions_cache, park_frozen, or no merge_adapter")
     else:
+        stage = "null" if best.deepspeed == "none" else best.deepspeed
         notes.append(
-            f"fastest that fits: --deepspeed {best.deepspeed}, activations '{best.activations}': a rollout and its "
+            f"fastest that fits: --deepspeed {stage}, activations '{best.activations}': a rollout and its "
             f"updates in {best.update_seconds:g} s"
         )
     return rows, notes

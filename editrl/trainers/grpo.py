@@ -209,7 +209,8 @@ class FlowGRPOTrainer(FlowTrainer):
         with asked_ahead(self, samples, groups) as ahead:
             trajectories, videos = [], []
             with self.timed("rollout"), self.averaged_weights("old_policy"), self.sampler.gathered():
-                self.model_wrapped.eval()
+                # Dropout is off in both modes, of which compiled blocks would have a graph each.
+                self.model_wrapped.train(self.args.compile_blocks)
                 for trajectory in sample_groups(self, conditions, groups, members, window, size):
                     trajectories.append(trajectory)
                     if ahead:

@@ -83,9 +83,30 @@ def test_fp8_base_is_one_model_in_sampling_and_training(grpo, updates, bfloat16_
 @pytest.mark.slow
 def test_compiled_blocks_start_with_a_ratio_of_one(grpo, updates):
     """The window of the rollout and the update share a graph; without gradient it is another."""
-    trainer = grpo([brightness], compile_blocks=True, activation_memory="1", merge_adapter=True)
+    trainer = grpo([brightness], compile_blocks=True, activation_memory="1", merge_adapter=True, beta=0.1)
     trainer.train()
     assert [log["ratio/deviation"] for log in updates(trainer)] == [0, 0]
+    assert [log["kl"] > 0 for log in updates(trainer)] == [False, True], "the first update is the reference's own"
+
+
+@pytest.mark.slow
+def test_instructions_of_different_lengths_share_a_graph(grpo, updates, pairs):
+    """A clip a micro-batch: were there a graph for the first length and one for any, the ratio might not be 1."""
+    lengths = {len(pairs.row(index)["instruction"].split()) for index in range(len(pairs))}
+    assert len(lengths) > 1
+    trainer = grpo(
+        [brightness],
+        compile_blocks=True,
+        activation_memory="1",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=16,
+        max_steps=1,
+    )
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    trainer.train()
+    assert [log["ratio/deviation"] for log in updates(trainer)] == [0]
+    # Each for a class of blocks: sampled; trained, where checkpointing makes one of its own inside.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2 + 3
 
 
 @pytest.mark.parametrize(
