@@ -8,9 +8,7 @@ import contextlib
 import io
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -142,7 +140,7 @@ def run_phases(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, run_program) -> Path:
     """Three rows, a clip, an image and a clip; what the plain command makes of them, and what each process found."""
     folder = tmp_path_factory.mktemp("edits")
     write_video(folder / "a.mp4", moving())
@@ -151,18 +149,7 @@ def folder(tmp_path_factory) -> Path:
     rows = [{"id": name[0], "source": name, "instruction": INSTRUCTION} for name in ("a.mp4", "b.png", "c.mp4")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(words(folder, "plain")) == 0
-    with open(folder / "log", "w") as log:
-        # A session of its own, so that all of it can be killed.
-        program = subprocess.Popen(
-            [sys.executable, __file__, str(folder)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            program.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(program.pid, signal.SIGKILL)
-            program.wait()
-    if program.returncode != 0:
-        pytest.fail(f"the processes ended with {program.returncode}:\n{(folder / 'log').read_text()[-4000:]}")
+    run_program(__file__, folder, TIMEOUT)
     return folder
 
 

@@ -5,9 +5,6 @@ processes, which do every case of `CASES` and save what they found; the tests co
 """
 
 import copy
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -200,21 +197,10 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[int, list[dict]]:
+def found(tmp_path_factory, run_program) -> dict[int, list[dict]]:
     """What each rank of each world found."""
     folder = tmp_path_factory.mktemp("ranks")
-    with open(folder / "log", "w") as log:
-        # A session of its own, so that all of it can be killed.
-        program = subprocess.Popen(
-            [sys.executable, __file__, str(folder)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            program.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(program.pid, signal.SIGKILL)
-            program.wait()
-    if program.returncode != 0:
-        pytest.fail(f"the processes ended with {program.returncode}:\n{(folder / 'log').read_text()[-4000:]}")
+    run_program(__file__, folder, TIMEOUT)
     return {world: [torch.load(folder / f"{rank} of {world}.pt") for rank in range(world)] for world in CASES}
 
 

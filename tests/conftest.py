@@ -1,0 +1,33 @@
+"""What tests of several rooms need."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def run_program():
+    """(file, folder, seconds): run a test file as a program, `python FILE FOLDER`, for tests of several processes.
+
+    Fails with the end of the program's output where it fails or takes longer.
+    """
+
+    def run(file: str, folder: Path, seconds: float) -> None:
+        with open(folder / "log", "w") as log:
+            # A session of its own, so that all of it can be killed.
+            program = subprocess.Popen(
+                [sys.executable, file, str(folder)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                program.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(program.pid, signal.SIGKILL)
+                program.wait()
+        if program.returncode != 0:
+            pytest.fail(f"the processes ended with {program.returncode}:\n{(folder / 'log').read_text()[-4000:]}")
+
+    return run
