@@ -146,6 +146,7 @@ class FlowGRPOTrainer(FlowTrainer):
         """The next micro-batch; a new rollout whenever the last one is used up."""
         per_generation = self.args.steps_per_generation * self.args.num_iterations
         if self._micro_step % per_generation == 0:
+            self._micro_batches = []  # the last rollout's go first: those of `one_pass` are gigabytes
             self._micro_batches = self.generate(inputs["numbers"].tolist())
             self._order = self._micro_batch_order()
         micro_batch = self._micro_batches[self._order[self._micro_step % per_generation]]

@@ -1,5 +1,6 @@
 """one_pass: the same training with a forward less, because a rollout's own forward is differentiated."""
 
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from editrl.errors import EditrlError
+from editrl.trainers import one_pass
 
 ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "max_steps": 3}
 
@@ -37,13 +39,26 @@ def test_it_trains_what_replaying_trains(grpo, updates, weights, loss_type):
 
 def test_every_step_is_one_forward(grpo):
     forwards = {}
-    for one_pass in (False, True):
-        trainer = grpo([brightness], one_pass=one_pass, **ONE | {"max_steps": 1})
+    for once in (False, True):
+        trainer = grpo([brightness], one_pass=once, **ONE | {"max_steps": 1})
         calls = []
         trainer.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
-        forwards[one_pass] = len(calls)
+        forwards[once] = len(calls)
     assert forwards == {True: 8 * 4, False: 8 * 4 + 8 * 2}, "8 clips of 4 steps, 2 of them in the window"
+
+
+def test_the_gradients_of_a_rollout_are_gone_before_the_next(grpo, monkeypatch):
+    held = []
+    collect = one_pass.GradientCollector.__init__
+
+    def watched(self, *args):
+        held.append(sum(isinstance(thing, one_pass.GradientBatch) for thing in gc.get_objects()))
+        collect(self, *args)
+
+    monkeypatch.setattr(one_pass.GradientCollector, "__init__", watched)
+    grpo([brightness], one_pass=True, **ONE | {"max_steps": 2}).train()
+    assert held == [0] * 16, "8 clips in each of 2 rollouts"
 
 
 @pytest.mark.slow
