@@ -1,7 +1,7 @@
 """Rewards that wait more than they compute: asked in a thread for the clips that are there, while others are made."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import torch
 
@@ -35,6 +35,7 @@ class RewardThread:
 
     def close(self) -> None:
         """Drop what has not begun. A call that has begun ends by itself, and nobody waits for it here."""
+        self._failure = self._failure or CancelledError()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

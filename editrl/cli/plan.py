@@ -124,7 +124,7 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
     resident = 0.0 if args.conditions_cache else FROZEN_GIB
     merged = weights if args.merge_adapter else 0.0
     rows, rollouts = [], {}
-    for stage in STAGES:
+    for stage in STAGES[:-1] if args.one_pass else STAGES:  # which ZeRO-3 refuses
         repeated = compiled and stage != "zero3"  # which compiles nothing that is trained
         stochastic = forward_seconds(work, rates, repeated)
         rollouts[stage] = (args.num_inference_steps - window) * plain + replayed * stochastic
@@ -159,9 +159,10 @@ def predict(policy_args, args, clip: tuple[int, int, int], machines: PlanArgumen
             )
     notes = [
         f"shapes: {source}; {trained / 1e6:,.0f} M trained parameters, {weights:.1f} GiB of weights",
-        f"a rollout of one clip: {rollouts['none']:.1f} s ({rollouts['zero3']:.1f} s under zero3)"
-        f"{', without its stochastic steps, which are trained as they are sampled' if args.one_pass else ''}; clips a "
-        f"process and rollout: {clips:g}",
+        f"a rollout of one clip: {rollouts['none']:.1f} s"
+        + (", without its stochastic steps, which are trained as they are sampled" if args.one_pass else "")
+        + (f" ({rollouts['zero3']:.1f} s under zero3)" if "zero3" in rollouts else "")
+        + f"; clips a process and rollout: {clips:g}",
         "rollout_gib holds the whole weights, as ds3_gather_for_rollout does; not counted: reward models, the latent "
         "frame of a reference image, what a shared prefix saves",
         f"rates of an H200 (719 TFLOP/s), scaled to {machines.tflops:g}; the blocks' activations at "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from editrl.doctor.finding import Finding, failed
 from editrl.doctor.forward import Forward, forward_findings
 from editrl.doctor.learning import learning_findings
-from editrl.doctor.observation import observe, prepared, undisturbed
+from editrl.doctor.observation import changed, observe, prepared, undisturbed
 from editrl.doctor.ratio import ratio_findings
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def diagnose(trainer: FlowGRPOTrainer) -> list[Finding]:
 
     Costs about as much as one update: nothing of the configuration is made smaller, the batch included. The trainer is
     left as it was found but for being wrapped for training (DDP, DeepSpeed, mixed precision), which `train` would do.
+    A run in one pass is examined as if its steps were replayed, which makes the same update.
     With several processes each looks at its own share of the rollout; groups are compared over all of them.
 
     Returns:
@@ -28,7 +29,7 @@ def diagnose(trainer: FlowGRPOTrainer) -> list[Finding]:
     Raises:
         EditrlError: a reward fails, as in training.
     """
-    with undisturbed(trainer), prepared(trainer):
+    with undisturbed(trainer), prepared(trainer), changed(trainer.args, one_pass=False):
         seen = observe(trainer)
         forward = Forward.of(trainer, seen.batches[0])
         causes = forward_findings(trainer, forward)

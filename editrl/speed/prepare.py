@@ -33,7 +33,7 @@ def prepare_transformer(
     checkpointed: bool = False,
     activation_memory: float | str | None = None,
     attention_backend: str | None = None,
-    held_bytes: int = 0,
+    bytes_to_come: Callable[[], int] = lambda: 0,
 ) -> None:
     """Set a transformer up in place; call it when its adapters are attached and before DDP or DeepSpeed wrap it.
 
@@ -43,7 +43,7 @@ def prepare_transformer(
         activation_memory: GiB that the blocks' activations may take in one forward, or "auto": what the device has left
             at the first forward with gradient. Instead of `checkpointed`.
         attention_backend: one of diffusers' attention backends, by name.
-        held_bytes: what "auto" leaves for others besides.
+        bytes_to_come: what "auto" leaves for others besides.
     """
     model = transformer.get_base_model() if isinstance(transformer, PeftModel) else transformer
     if attention_backend is not None:
@@ -53,7 +53,7 @@ def prepare_transformer(
             raise EditrlError(f"attention_backend '{attention_backend}': {str(error).splitlines()[0]}") from error
     blocks = repeated_blocks(transformer)
     if activation_memory is not None or (checkpointed and compiled):
-        budget = _budget(transformer, activation_memory, held_bytes)
+        budget = _budget(transformer, activation_memory, bytes_to_come)
         model.enable_gradient_checkpointing(BlockRunner(blocks, budget, compiled))
     elif checkpointed:
         model.enable_gradient_checkpointing()
@@ -101,23 +101,25 @@ def allow_graphs(count: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
-def _budget(transformer: nn.Module, memory: float | str | None, held_bytes: int) -> int | Callable[[], int] | None:
+def _budget(
+    transformer: nn.Module, memory: float | str | None, bytes_to_come: Callable[[], int]
+) -> int | Callable[[], int] | None:
     if memory is None:
         return None
     if memory != "auto":
         return int(memory * GIB)
     if not torch.cuda.is_available():
         raise EditrlError('activation_memory "auto" asks a GPU what it has left; give GiB instead')
-    return lambda: free_memory(transformer, held_bytes)
+    return lambda: free_memory(transformer) - bytes_to_come()
 
 
-def free_memory(transformer: nn.Module, held_bytes: int = 0) -> int:
+def free_memory(transformer: nn.Module) -> int:
     """Bytes of the current GPU that activations may take, once gradients and Adam's two moments (float32) are there."""
     free, total = torch.cuda.mem_get_info()
     reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     to_come = sum(parameter.numel() * (8 + 4 * (parameter.grad is None)) for parameter in trained)
-    left = max(int(free + reusable - to_come - held_bytes - RESERVE * total), 0)
+    left = max(int(free + reusable - to_come - RESERVE * total), 0)
     if not left:
         logger.warning("activation_memory auto: this GPU has nothing left, so everything is computed again")
     return left

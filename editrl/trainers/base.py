@@ -76,7 +76,7 @@ class FlowTrainer(Trainer):
             checkpointed=args.gradient_checkpointing,
             activation_memory=memory if memory in (None, "auto") else float(memory),
             attention_backend=args.attention_backend,
-            held_bytes=self.held_bytes(args, sum(p.nbytes for p in policy.transformer.parameters() if p.requires_grad)),
+            bytes_to_come=self.bytes_to_come,
         )
         # Under its old name and its new one: transformers would call a method that diffusers' models do not have.
         args.gradient_checkpointing = args.activation_checkpointing = False
@@ -120,9 +120,8 @@ class FlowTrainer(Trainer):
             self.averages[name] = EMAModel(self.trained_parameters(), decay=decay)
             self.averages[name].to(args.device, torch.float32)  # in bfloat16 a slow average would never move
 
-    def held_bytes(self, args: FlowConfig, trained: int) -> int:
-        """Of GPU memory that this trainer will hold beside activations, gradients and the optimizer's state; `trained`
-        bytes of weights are trained."""
+    def bytes_to_come(self) -> int:
+        """Of GPU memory that this trainer will still take, beside activations, gradients and the optimizer's state."""
         return 0
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:

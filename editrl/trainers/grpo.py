@@ -30,7 +30,7 @@ from editrl.trainers.chunk import Chunk, best_and_worst, select
 from editrl.trainers.groups import GroupSchedule
 from editrl.trainers.grpo_config import FlowGRPOConfig
 from editrl.trainers.matching import NoisedBatch, matching_loss, noised_batches
-from editrl.trainers.one_pass import GradientBatch, average_gradients, gradient_batches, gradient_loss
+from editrl.trainers.one_pass import GradientBatch, gradient_batches, gradient_loss
 from editrl.trainers.sampling import sample_groups, stochastic_steps
 from editrl.trainers.scoring import Reward, as_reward_set, asked_ahead, refuse_split_groups, score
 from editrl.trainers.watchdog import Watchdog
@@ -104,6 +104,7 @@ class FlowGRPOTrainer(FlowTrainer):
             raise EditrlError("log_step_grad_norm needs the gradients, which DeepSpeed keeps to itself; drop it")
         self._micro_batches: list[MicroBatch] = []
         self._micro_step = 0
+        self._collected = 0  # clips of this rollout whose gradients are held
         self.sampler = zero.Sampler(self, args.ds3_gather_for_rollout)
         if args.watchdog != "off":
             callbacks = [*(callbacks or []), Watchdog(args.watchdog)]
@@ -113,9 +114,10 @@ class FlowGRPOTrainer(FlowTrainer):
             scorer.to(args.device)
         self.reference = self._full_reference() if args.beta and not isinstance(self.model, PeftModel) else None
 
-    def held_bytes(self, args: FlowGRPOConfig, trained: int) -> int:
-        """Gradients of all clips of this process wait for their advantages in `one_pass`."""
-        return args.generation_batch_size // args.data_world_size * trained if args.one_pass else 0
+    def bytes_to_come(self) -> int:
+        """Gradients of the clips that this rollout has still to collect, in `one_pass`."""
+        clips = self.args.generation_batch_size // self.args.data_world_size - self._collected
+        return clips * sum(parameter.nbytes for parameter in self.trained_parameters()) if self.args.one_pass else 0
 
     def _full_reference(self):
         """A frozen copy: without an adapter to switch off, the reference needs weights of its own."""
@@ -146,7 +148,7 @@ class FlowGRPOTrainer(FlowTrainer):
         """The next micro-batch; a new rollout whenever the last one is used up."""
         per_generation = self.args.steps_per_generation * self.args.num_iterations
         if self._micro_step % per_generation == 0:
-            self._micro_batches = []  # the last rollout's go first: those of `one_pass` are gigabytes
+            self._micro_batches, self._collected = [], 0  # the last rollout's go first
             self._micro_batches = self.generate(inputs["numbers"].tolist())
             self._order = self._micro_batch_order()
         micro_batch = self._micro_batches[self._order[self._micro_step % per_generation]]
@@ -271,14 +273,14 @@ class FlowGRPOTrainer(FlowTrainer):
             gradients = self._gradients() if self.args.log_step_grad_norm else None
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self.args.one_pass and self.accelerator.sync_gradients:
-                average_gradients(model)
+                self._micro_batches = []  # all are used up, and evaluation or a checkpoint may follow
             if gradients is not None:
                 self._record_step_grad_norm(gradients)
         return loss
 
     def micro_batch_loss(self, model, inputs: MicroBatch) -> Tensor:
         if self.args.one_pass:
-            return gradient_loss(self, inputs)
+            return gradient_loss(self, model, inputs)
         return window_loss(self, model, inputs) if self.args.on_window else matching_loss(self, model, inputs)
 
     def reference_velocity(self, model, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

@@ -288,6 +288,7 @@ class FlowGRPOConfig(FlowConfig):
             (not self.num_selected_generations, "all clips are differentiated; set num_selected_generations to null"),
             (not self.log_step_grad_norm, "steps have no gradients of their own; set log_step_grad_norm to false"),
             (self.old_log_prob == "rollout", "nothing is replayed; set old_log_prob to rollout"),
+            (not self.fp16, "losses are differentiated without fp16's scale; set bf16"),
             (self.context_parallel == 1, "processes that share a clip have a part each; set context_parallel to 1"),
         ):
             self.require(fits, f"one_pass: {message}, {drop}")

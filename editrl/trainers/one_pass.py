@@ -3,18 +3,19 @@
 With one update a rollout, every step would be replayed under the very weights that sampled it: the ratio is 1, nothing
 is clipped, and the gradient of the loss for an advantage A is A times the gradient for an advantage of 1, which can be
 had before A is known. So the rollout's own forward serves the backward pass, and none is run a second time. Nothing is
-replayed, so sampling and training cannot differ either. The price is memory: a gradient of the trained weights for each
-clip, until all are scored.
+replayed, so sampling and training cannot differ either. The update is the same up to rounding. The price is memory: a
+gradient of the trained weights for each clip, until all are scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from editrl.flow import timestep_weights
 from editrl.trainers.chunk import Chunk
@@ -86,10 +87,34 @@ def gradient_batches(chunks: Sequence[Chunk]) -> list[GradientBatch]:
     ]
 
 
-def gradient_loss(trainer: FlowGRPOTrainer, batch: GradientBatch) -> Tensor:
-    """What `window_loss` would be, with the gradient that it would have."""
+def gradient_loss(trainer: FlowGRPOTrainer, model: nn.Module, batch: GradientBatch) -> Tensor:
+    """What `window_loss` would be, with the gradient that it would have.
+
+    It comes out of a forward of `model`, as any loss does: in theirs, DDP and DeepSpeed prepare themselves for the
+    backward pass.
+    """
     advantage = batch.advantages[0]
-    return _Known.apply(advantage * batch.loss, advantage * batch.share, batch.gradients, *trainer.trained_parameters())
+
+    def known() -> Tensor:
+        scale = advantage * batch.share
+        return _Known.apply(advantage * batch.loss, scale, batch.gradients, *trainer.trained_parameters())
+
+    module = trainer.accelerator.unwrap_model(model)
+    with _forward(module, known):
+        return model()
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, function: Callable) -> Iterator[None]:
+    """Within the block the module computes `function`."""
+    own = module.__dict__.get("forward")  # mixed precision may have put one there
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 class _Known(torch.autograd.Function):
@@ -102,15 +127,6 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        scale = upstream * ctx.scale
-        return None, None, None, *(None if found is None else found * scale.to(found) for found in ctx.gradients)
-
-
-def average_gradients(model: nn.Module) -> None:
-    """What DDP does behind a forward of its own, and here there was none: the mean over all processes."""
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= distributed.get_world_size()
+        scale = (upstream * ctx.scale).float()
+        weighed = (None if found is None else (found * scale).to(found.dtype) for found in ctx.gradients)
+        return None, None, None, *weighed

@@ -80,6 +80,7 @@ def sample_groups(
             on_window=GradientCollector(trainer, window) if args.one_pass else None,
             **settings,
         )
+        trainer._collected += size
 
 
 def sampling_model(trainer: FlowGRPOTrainer) -> nn.Module:

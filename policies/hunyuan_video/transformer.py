@@ -74,6 +74,8 @@ def rope_of_joined(rope: tuple[Tensor, Tensor], text_length: int) -> tuple[Tenso
 
 def _any_length(*dimensions: tuple[Tensor | None, int]) -> None:
     """Tell the compiler that these (tensor, dimension) will have other sizes."""
+    if torch.compiler.is_compiling():  # the whole model, whose graph is not ours to cut
+        return
     for tensor, dimension in dimensions:
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
@@ -179,8 +181,6 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         if encoder_attention_mask is not None:
             every_video_token = torch.ones_like(video[:, :, 0], dtype=torch.bool)
             mask = torch.cat([every_video_token, encoder_attention_mask != 0], dim=1)[:, None, None]
-        # Compiled, one graph for instructions of all lengths: two would round differently.
-        _any_length((text, 1), (mask, 3))
         shared = (temb, mask, rope, replaced, grid[1] * grid[2])
         for block in self.transformer_blocks:
             video, text = self._run(block, video, text, *shared)
@@ -189,7 +189,6 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         if joined:
             rope = rope_of_joined(rope, text.shape[1])
             length, video, text = video.shape[1], torch.cat([video, text], dim=1), None
-            _any_length((video, 1), (rope[0], 0), (rope[1], 0))
             shared = (temb, mask, rope)
         for block in self.single_transformer_blocks:
             video, text = self._run(block, video, text, *shared)
@@ -201,7 +200,15 @@ class HunyuanVideoEditTransformer3DModel(HunyuanVideoTransformer3DModel):
         velocity = patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _run(self, block: nn.Module, *inputs) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, block: nn.Module, video: Tensor, text: Tensor | None, temb: Tensor, mask: Tensor | None, rope, *others
+    ) -> tuple[Tensor, Tensor | None]:
+        # Compiled, one graph for instructions of all lengths: two would round differently.
+        if text is None:
+            _any_length((video, 1), (mask, 3), (rope[0], 0), (rope[1], 0))
+        else:
+            _any_length((text, 1), (mask, 3))
+        inputs = (video, text, temb, mask, rope, *others)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)

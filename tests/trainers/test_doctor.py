@@ -91,8 +91,9 @@ def test_every_check_has_a_line(healthy):
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "num_selected_generations": 2},
         {"bf16": True, "gradient_checkpointing": True, "ode_solver": "dpm2"},
         {"peft": None, "beta": 0.1, "num_iterations": 2, "max_steps": 4},
+        {"one_pass": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
     ],
-    ids=["cps guard", "dance dppo", "best of N", "bfloat16", "whole transformer"],
+    ids=["cps guard", "dance dppo", "best of N", "bfloat16", "whole transformer", "one pass"],
 )
 def test_no_setting_is_a_fault_by_itself(grpo, changes):
     if "num_selected_generations" in changes:

@@ -42,7 +42,7 @@ def test_every_step_is_one_forward(grpo):
     for once in (False, True):
         trainer = grpo([brightness], one_pass=once, **ONE | {"max_steps": 1})
         calls = []
-        trainer.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.model.get_base_model().register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
         forwards[once] = len(calls)
     assert forwards == {True: 8 * 4, False: 8 * 4 + 8 * 2}, "8 clips of 4 steps, 2 of them in the window"
@@ -83,6 +83,7 @@ def test_with_everything_else_that_is_fast(grpo, updates, fresh_policy):
         ({"num_selected_generations": 2, "gradient_accumulation_steps": 8}, "num_selected_generations to null"),
         ({"loss_type": "nft"}, "no stochastic steps"),
         ({"old_log_prob": "recompute"}, "old_log_prob to rollout"),
+        ({"fp16": True}, "set bf16"),
         ({"log_step_grad_norm": True}, "log_step_grad_norm to false"),
     ],
 )
@@ -93,7 +94,7 @@ def test_what_it_cannot_do_is_refused(grpo, changes, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "zero2"])
-def test_two_processes_train_what_one_trains(kind, tmp_path):
+def test_in_two_processes_it_trains_what_one_trains_that_replays(kind, tmp_path):
     for processes in (1, 2):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -123,7 +124,8 @@ def program(kind: str, folder: str) -> None:
         **{"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "shift": 3.0, "seed": 7},
         use_cpu=kind == "ddp",
         **{"max_steps": 2, "learning_rate": 1e-3, "num_generations": 4, "generation_batch_size": 8},
-        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16 // processes, "one_pass": True},
+        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16 // processes},
+        one_pass=processes == 2,
         **{"num_inference_steps": 4, "sde_window_size": 2, "sde_window_range": [0, 3]},
         deepspeed=kind if kind.startswith("zero") else None,
     )

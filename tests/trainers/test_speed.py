@@ -89,6 +89,24 @@ def test_compiled_blocks_start_with_a_ratio_of_one(grpo, updates):
     assert [log["kl"] > 0 for log in updates(trainer)] == [False, True], "the first update is the reference's own"
 
 
+def test_the_whole_transformer_can_still_be_compiled(editor):
+    """As users of the pipeline do; other than the blocks alone it is one graph."""
+    torch._dynamo.reset()
+    config = editor.transformer.config
+    compiled = torch.compile(editor.transformer, backend="eager")
+    for length in (5, 7):
+        inputs = {
+            "hidden_states": torch.randn(1, 2 * config.in_channels, 2, 4, 4),
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": torch.randn(1, length, config.text_embed_dim),
+            "encoder_attention_mask": None,
+            "pooled_projections": torch.randn(1, config.pooled_projection_dim),
+            "guidance": torch.tensor([1000.0]),
+        }
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).sample, editor.transformer(**inputs).sample)
+
+
 @pytest.mark.slow
 def test_instructions_of_different_lengths_share_a_graph(grpo, updates, pairs):
     """A clip a micro-batch: were there a graph for the first length and one for any, the ratio might not be 1."""
