@@ -90,10 +90,12 @@ def compile_vae(modules: Iterable[nn.Module], part: str) -> None:
     A graph for each shape, since convolutions of unknown size would be slower; diffusers' VAEs cut long clips into
     tiles, of which the first and the last may have shapes of their own.
     """
+    parts = [getattr(module, part) for module in modules if hasattr(module, part)]
+    if not parts:
+        raise EditrlError(f"compile_vae: none of the policy's decoding_modules() has a part '{part}'; drop it")
     allow_graphs(64)
-    for module in modules:
-        if hasattr(module, part):
-            getattr(module, part).compile(dynamic=False)
+    for module in parts:
+        module.compile(dynamic=False)
 
 
 def allow_graphs(count: int) -> None:

@@ -162,6 +162,13 @@ def test_a_compiled_decoder_decodes_what_an_eager_one_does(grpo, fresh_policy):
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-4)
 
 
+def test_a_vae_without_the_part_is_told(grpo, fresh_policy):
+    policy = fresh_policy()
+    policy.decoding_modules = list
+    with pytest.raises(EditrlError, match="has a part 'decoder'; drop it"):
+        grpo([brightness], policy=policy, compile_vae=True)
+
+
 @pytest.mark.slow
 def test_a_compiled_encoder_encodes_what_an_eager_one_does(sft, fresh_policy, updates):
     losses = []
