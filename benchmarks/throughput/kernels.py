@@ -6,17 +6,15 @@ by kind. `idle` is what the GPU waits within a step. On a CPU (`--size tiny`) op
 
 import argparse
 import json
-import os
 import re
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from editrl.benchmarks.record import machine, write_json
-from editrl.benchmarks.throughput.steps import LATENTS, Steps, matmul_peak
+from editrl.benchmarks.throughput.steps import Steps, matmul_peak, parser
 from editrl.speed import MergedAdapter, prepare_transformer
 
 KINDS = {
@@ -90,14 +88,7 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = options.add_argument
-    add("--size", choices=list(LATENTS), default="full")
-    add("--out", type=Path, required=True)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--repeats", type=int, default=5)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    options = options.parse_args()
+    options = parser(__doc__).parse_args()
     result = run(options)
     write_json(options.out, result)
     print(json.dumps(result, indent=1))

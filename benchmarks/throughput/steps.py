@@ -223,15 +223,20 @@ def fp8_base(steps: Steps, reference: torch.Tensor) -> None:
     steps.save()
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = options.add_argument
-    add("--size", choices=list(LATENTS), default="full")
-    add("--out", type=Path, required=True)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--repeats", type=int, default=5)
-    add("--fp8", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+def parser(description: str) -> argparse.ArgumentParser:
+    """What `Steps` needs to know."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--size", choices=list(LATENTS), default="full")
+    found.add_argument("--out", type=Path, required=True)
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--repeats", type=int, default=5)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return found
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     run(options.parse_args())
 
 
