@@ -14,7 +14,7 @@ dev: .venv/dev.stamp
 
 # A process a core, each of one thread: the models of the tests are too small for more. A file stays in one process.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check

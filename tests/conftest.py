@@ -1,5 +1,6 @@
 """What tests of several rooms need."""
 
+import collections
 import os
 import signal
 import subprocess
@@ -7,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: a file stays in one process, and at the end one would run alone."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
