@@ -1,6 +1,7 @@
 """The throughput benchmarks run at toy size, so that they never rot."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from editrl.benchmarks.throughput.plot import bars, draw
+
+EAGER = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
+"""Compiling is what takes longest, and is tested where its result matters."""
 
 TINY = ["--size", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -34,7 +38,7 @@ def test_whole_grpo_steps_are_measured_by_phase(tmp_path):
     command += ["--members", "2", "--inference_steps", "10", "--steps", "1"]
     command += ["--folder", str(tmp_path / "editor"), "--out", str(tmp_path / "grpo.json")]
     for variant in ("baseline", "ours"):
-        done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
+        done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True, env=EAGER)
         assert done.returncode == 0, done.stderr
     variants = json.loads((tmp_path / "grpo.json").read_text())["variants"]
     assert list(variants) == ["baseline", "ours"]
@@ -50,7 +54,8 @@ def test_whole_grpo_steps_are_measured_by_phase(tmp_path):
 @pytest.mark.slow
 def test_the_kernels_of_a_step_add_up(tmp_path):
     command = [sys.executable, "-m", "editrl.benchmarks.throughput.kernels", *TINY[:4]]
-    done = subprocess.run([*command, "--out", str(tmp_path / "kernels.json")], capture_output=True, text=True)
+    command += ["--out", str(tmp_path / "kernels.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=EAGER)
     assert done.returncode == 0, done.stderr
     steps = json.loads((tmp_path / "kernels.json").read_text())["steps"]
     assert len(steps) == 3

@@ -1,5 +1,7 @@
 """The switches for speed and memory, through whole runs: what is trained stays what it was."""
 
+import functools
+
 import pytest
 import torch
 
@@ -151,8 +153,14 @@ def test_fp8_base_without_lora_is_refused(grpo):
         grpo([brightness], peft=None, merge_adapter=True)
 
 
-@pytest.mark.slow
-def test_a_compiled_decoder_decodes_what_an_eager_one_does(grpo, fresh_policy):
+@pytest.fixture
+def quick_backend(monkeypatch):
+    """Traces as inductor does and generates no code, which takes minutes for convolutions."""
+    quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+
+
+def test_a_compiled_decoder_decodes_what_an_eager_one_does(grpo, fresh_policy, quick_backend):
     seen = []
     for compiled in (False, True):
         policy = fresh_policy()
@@ -169,8 +177,7 @@ def test_a_vae_without_the_part_is_told(grpo, fresh_policy):
         grpo([brightness], policy=policy, compile_vae=True)
 
 
-@pytest.mark.slow
-def test_a_compiled_encoder_encodes_what_an_eager_one_does(sft, fresh_policy, updates):
+def test_a_compiled_encoder_encodes_what_an_eager_one_does(sft, fresh_policy, updates, quick_backend):
     losses = []
     for compiled in (False, True):
         policy = fresh_policy()
