@@ -275,7 +275,6 @@ class FlowGRPOConfig(FlowConfig):
 
     def _check_one_pass(self) -> None:
         """A gradient that is the advantage times a known one: of a clip by itself, at a ratio of 1."""
-        drop = "or drop one_pass"
         for fits, message in (
             (self.on_window, f"loss_type {self.loss_type} has no stochastic steps; use {', '.join(WINDOW_LOSSES)}"),
             (self.per_device_train_batch_size == 1, "a gradient is of one clip; set per_device_train_batch_size to 1"),
@@ -291,7 +290,7 @@ class FlowGRPOConfig(FlowConfig):
             (not self.fp16, "losses are differentiated without fp16's scale; set bf16"),
             (self.context_parallel == 1, "processes that share a clip have a part each; set context_parallel to 1"),
         ):
-            self.require(fits, f"one_pass: {message}, {drop}")
+            self.require(fits, f"one_pass: {message}, or drop one_pass")
 
     def _set_window(self) -> None:
         # The last step is left out: it ends at sigma 0, where cps has no noise to score.
