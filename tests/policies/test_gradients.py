@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
@@ -77,3 +78,20 @@ def test_gradients_through_cudnn_attention_are_those_of_a_cpu(how):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).norm() <= 0.05 * value.norm() + 1e-7, name
+
+
+def test_attention_gets_gradients_in_the_layout_of_its_outputs(monkeypatch):
+    """What `DenseGradient` is for: a part of a wider gradient is what cuDNN did not bear at full size."""
+    seen = []
+
+    def watched(query, key, value, **kwargs):
+        found = attention(query, key, value, **kwargs)
+        found.register_hook(lambda gradient: seen.append((gradient.stride(), query.stride())))
+        return found
+
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    gradients(transformer(), "cpu")
+    assert len(seen) >= 4
+    for of_gradient, of_query in seen:
+        assert of_gradient == of_query
