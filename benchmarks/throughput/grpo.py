@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 import editrl
-from editrl.benchmarks.record import machine, write_json
+from editrl.benchmarks.record import commit, machine, write_json
 from editrl.benchmarks.throughput.edit import CLIP
 from editrl.benchmarks.throughput.models import write_editor, write_rewards
 from editrl.benchmarks.throughput.steps import GIB, LAYERS, stock_forward
@@ -135,7 +135,7 @@ def write_figure(options: argparse.Namespace, steps: list[dict], processes: int)
         "clips": options.members,
         "processes": processes,
         "inference_steps": options.inference_steps,
-    }
+    } | commit()  # variants may have been added at several
     if options.device == "cuda":
         figure["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 1)
     name = options.variant + (f", {options.deepspeed} on {processes}" if options.deepspeed else "")

@@ -18,8 +18,9 @@ COMPILED_DECODE = 0.5
 ENCODE_SECONDS = 7.4e-8
 """Of encoding a source, for a pixel of a frame (edit-full-h200.json)."""
 
-GATHERED_TRAINING = 1.35
-"""ZeRO-3 against ZeRO-2, a training step of the 13B on two GPUs."""
+GATHERED_TRAINING = 1.2
+"""ZeRO-3 on two GPUs against one GPU, an eager checkpointed training step of the 13B: 34.3 s for eight
+(grpo-full-h200.json) against 3.58 (steps-full-h200.json)."""
 
 
 @dataclass
