@@ -10,18 +10,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from editrl.policies.hunyuan_video.transformer import HunyuanVideoEditTransformer3DModel
 from editrl.speed import prepare_transformer
 
-HEADS, DIM, TEXT = 2, 128, 24  # the head size of the 13B model, which is what kernels are chosen by
-GRID = (5, 16, 24)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DIM = 128  # the head size of the 13B model, which is what kernels are chosen by
+SMALL, FULL = ((5, 16, 24), 24), ((9, 60, 104), 400)  # latent grid, instructor tokens
 
 
-def transformer() -> HunyuanVideoEditTransformer3DModel:
+def transformer(heads: int = 2) -> HunyuanVideoEditTransformer3DModel:
     """Of two blocks of both kinds: what one kind leaves behind must not reach the other."""
     torch.manual_seed(0)
     model = HunyuanVideoEditTransformer3DModel(
         in_channels=4,
         out_channels=4,
         source_channels=4,
-        num_attention_heads=HEADS,
+        num_attention_heads=heads,
         attention_head_dim=DIM,
         num_layers=2,
         num_single_layers=2,
@@ -35,12 +36,13 @@ def transformer() -> HunyuanVideoEditTransformer3DModel:
     return model
 
 
-def gradients(model: HunyuanVideoEditTransformer3DModel, device: str) -> dict[str, torch.Tensor]:
+def gradients(model: HunyuanVideoEditTransformer3DModel, device: str, size=SMALL) -> dict[str, torch.Tensor]:
     """Of every weight of the blocks, for one clip without padding."""
+    grid, text = size
     generator = torch.Generator().manual_seed(1)
     inputs = {
-        "hidden_states": torch.randn(1, 8, *GRID, generator=generator),
-        "encoder_hidden_states": torch.randn(1, TEXT, 32, generator=generator),
+        "hidden_states": torch.randn(1, 8, *grid, generator=generator),
+        "encoder_hidden_states": torch.randn(1, text, 32, generator=generator),
         "pooled_projections": torch.randn(1, 16, generator=generator),
         "timestep": torch.tensor([700.0]),
         "guidance": torch.tensor([1000.0]),
@@ -58,7 +60,14 @@ def gradients(model: HunyuanVideoEditTransformer3DModel, device: str) -> dict[st
     }
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Up to the rounding of bfloat16."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 0.05 * value.norm() + 1e-7, name
+
+
+@needs_cuda
 @pytest.mark.parametrize("how", ["eager", "checkpointed", "compiled", "compiled, activations kept"])
 def test_gradients_through_cudnn_attention_are_those_of_a_cpu(how):
     model = transformer()
@@ -75,9 +84,19 @@ def test_gradients_through_cudnn_attention_are_those_of_a_cpu(how):
         for _ in range(2):  # the second time with the kernels planned by the first
             model.zero_grad()
             found = gradients(model, "cuda")
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (found[name] - value).norm() <= 0.05 * value.norm() + 1e-7, name
+    agree(found, expected)
+
+
+@needs_cuda
+def test_gradients_at_full_size_are_those_of_another_kernel():
+    """Where one kind of block gave cuDNN a part of a wider gradient, and the other a whole one, it read beyond."""
+    model = transformer(heads=24).cuda()
+    found = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        model.zero_grad()
+        with sdpa_kernel(backend):
+            found[backend] = gradients(model, "cuda", FULL)
+    agree(found[SDPBackend.CUDNN_ATTENTION], found[SDPBackend.FLASH_ATTENTION])
 
 
 def test_attention_gets_gradients_in_the_layout_of_its_outputs(monkeypatch):
