@@ -9,8 +9,8 @@ A reward is a callable that takes keyword arguments by name and returns one floa
 It is offered `videos` (the edited clips, a list of [F,3,H,W] float32 in [0,1]), `cache` (a dict that lives for one
 scoring call; rewards that share a model keep its outputs there), the columns of `COLUMNS`, and every further column of
 the data set under its own name. `None` for a sample means "not applicable". A class with the same `__call__` may also
-have `name`, `to(device)` and `requires` (the columns that must be filled in every row). `RewardOptions` says how it may
-ask to be called.
+have `name`, `to(device)`, `requires` (the columns that must be filled in every row) and `columns` (those that it looks
+for in its **kwargs, for who sends it no others). `RewardOptions` says how it may ask to be called.
 """
 
 import time
@@ -59,7 +59,8 @@ class RewardSet:
         batch_size: score this many samples at a time (bounds the memory of the reward models); None: all at once.
             A group that a groupwise reward must see whole is never cut.
 
-    Attributes: `names` [K], `schedules` [K], `requires` (columns that some reward needs in every row), `groupwise`
+    Attributes: `names` [K], `schedules` [K], `requires` (columns that some reward needs in every row), `columns` (those
+    that some reward may look at: its parameters, `requires`, and its own attribute `columns`), `groupwise`
     (names of the rewards that compare the clips of a group), `background` (names of those that may be asked `ahead`),
     `seconds` (name -> wall time in the last call, moving its model included; what rewards share is paid by the first
     that asks for it, and one that was asked ahead counts with what was still to be waited for it).
@@ -100,6 +101,7 @@ class RewardSet:
             for name, reward in zip(self.names, rewards, strict=True)
         ]
         self.requires = set().union(*(member.requires for member in self._members))
+        self.columns = set().union(*(member.columns for member in self._members))
         self.groupwise = [member.name for member in self._members if member.options.groupwise]
         self.background = [member.name for member in self._members if member.options.background]
         self._device: torch.device | str | None = None

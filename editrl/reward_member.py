@@ -39,6 +39,7 @@ class Member:
     reward: Reward
     accepts: frozenset[str] | None  # None: it takes **kwargs, that is, everything
     requires: frozenset[str]
+    columns: frozenset[str]  # what it may look at: its parameters, `requires`, and its own `columns`
     options: RewardOptions
 
     def calls(self, groups: list[list[int]]) -> list[list[int]]:
@@ -130,6 +131,7 @@ def member_of(name: str, reward: Any, options: dict[str, Any]) -> Member:
         reward,
         accepts=None if takes_everything else frozenset(named),
         requires=frozenset(requires) - OFFERED_ALWAYS,
+        columns=frozenset({*named, *requires, *getattr(reward, "columns", ())}) - {"cache"},
         options=RewardOptions.of(name, reward, options),
     )
 

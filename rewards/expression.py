@@ -77,6 +77,7 @@ class Expression:
         # One set a reward: under its own name in the expression, whatever its spec is called.
         self.members = {member: _single(member, rewards, kwargs, options) for member in names}
         self.requires = set().union(*(member.requires for member in self.members.values()))
+        self.columns = set().union(*(member.columns for member in self.members.values()))
         self.groupwise = any(member.groupwise for member in self.members.values())
         self.background = all(member.background for member in self.members.values())
 

@@ -107,6 +107,11 @@ class Remote:
         """The columns that the served reward needs in every row. Asks the server, the first time."""
         return set(self._health()["requires"])
 
+    @property
+    def columns(self) -> set[str]:
+        """Those that the served reward may look at."""
+        return set(self._health()["columns"])
+
     def to(self, device) -> "Remote":
         """Look whether the server is there. Nothing of it runs on `device`."""
         self._health()
@@ -117,7 +122,7 @@ class Remote:
 
         Raises: EditrlError for an answer that is no score; OutageError where there is none for `outage_limit` seconds.
         """
-        wanted = {"ids", *self._health()["columns"]}  # ids, so that the server's errors can name a sample
+        wanted = {"ids", *self.columns}  # ids, so that the server's errors can name a sample
         sent = {"videos": videos} | {name: values for name, values in columns.items() if name in wanted}
         size = self.samples_per_request
         parts = [
@@ -150,10 +155,12 @@ class Remote:
             )
         headers = {"Content-Type": "application/octet-stream"}
         answer, url = self._ask("POST", "/score", limit=self.outage_limit, stop=stop, content=body, headers=headers)
-        if answer.get("name") != self._health()["name"] or answer.get("request_id") != request_id:
+        asked = {key: self._health()[key] for key in ("name", "identity")} | {"request_id": request_id}
+        if any(answer.get(key) != value for key, value in asked.items()):
             raise EditrlError(
-                f"{url} answered another request, or serves another reward now: asked '{self._health()['name']}', got "
-                f"'{answer.get('name')}'; start the run again if that is meant"
+                f"{url} answered another request, or serves another reward: asked '{asked['name']}' with identity "
+                f"{asked['identity']}, got '{answer.get('name')}' with {answer.get('identity')}; serve the same reward "
+                "with the same arguments everywhere, and start the run again if a change is meant"
             )
         return _scores(answer.get("scores"), count, url)
 
@@ -161,7 +168,7 @@ class Remote:
         if self._server is None:
             self._answered = time.monotonic()
             answer, url = self._ask("GET", "/health", limit=min(STARTUP, self.outage_limit))
-            kinds = {"name": str, "requires": list, "columns": list, "max_body_bytes": int}
+            kinds = {"name": str, "identity": str, "requires": list, "columns": list, "max_body_bytes": int}
             if not all(isinstance(answer.get(key), kind) for key, kind in kinds.items()):
                 raise EditrlError(f"{url}/health is not that of `editrl serve-reward`: {_short(json.dumps(answer))}")
             if answer.get("protocol") != VERSION:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import ipaddress
+import json
 import logging
 import os
 import signal
@@ -36,6 +38,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--queue", type=number(int, least=1), default=64, help="requests that may wait (64)")
     parser.add_argument(
+        "--timeout", type=number(float, above=0), default=300, help="seconds of scoring, then it counts as hung (300)"
+    )
+    parser.add_argument(
         "--grace", type=number(int, least=1), default=30, help="seconds to end requests in progress after SIGTERM (30)"
     )
     serve(parser.parse_args(argv))
@@ -64,15 +69,18 @@ def serve(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     door = listen(options.host, options.port)  # before the weights: a port in use is better found now
     with contextlib.closing(door):
-        reward = load_reward(options.reward, **read_kwargs(options.kwargs))
+        kwargs = read_kwargs(options.kwargs)
+        reward = load_reward(options.reward, **kwargs)
         service = RewardService(
             reward,
             reward_name(options.reward),
+            identity=identity(options.reward, kwargs),
             device=device,
             columns=options.columns,
             batch_size=options.batch_size,
         )
-        app = create_app(service, token=token, max_body=int(options.max_body_mb * 1e6), queue=options.queue)
+        limits = {"max_body": int(options.max_body_mb * 1e6), "queue": options.queue, "timeout": options.timeout}
+        app = create_app(service, token=token, **limits)
         config = uvicorn.Config(
             app,
             http="h11",
@@ -93,6 +101,19 @@ def serve(options: argparse.Namespace) -> None:
             uvicorn.Server(config).run(sockets=[door])
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def identity(spec: str, kwargs: dict[str, Any]) -> str:
+    """Hash of which reward it is: its name or file, its arguments, the version. The same wherever the file lies."""
+    from editrl import __version__
+    from editrl.registry import split_alias
+
+    spec = split_alias(spec)[1]
+    file, _, name = spec.rpartition(":")
+    if file.endswith(".py"):
+        spec = f"{hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()}:{name}"
+    text = json.dumps([__version__, spec, kwargs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_token(options: argparse.Namespace) -> str | None:

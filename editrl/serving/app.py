@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
 from collections.abc import Iterator
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from editrl.errors import EditrlError
@@ -26,7 +27,9 @@ MESSAGE = 2000
 log = logging.getLogger("editrl.serving")
 
 
-def create_app(service: RewardService, *, token: str | None, max_body: int, queue: int) -> FastAPI:
+def create_app(
+    service: RewardService, *, token: str | None, max_body: int, queue: int, timeout: float = math.inf
+) -> FastAPI:
     """The endpoints `POST /score`, `GET /health` and `GET /metrics`.
 
     Args:
@@ -34,6 +37,8 @@ def create_app(service: RewardService, *, token: str | None, max_body: int, queu
         token: what every request has to bring as `Authorization: Bearer ...`; None: nothing.
         max_body: bytes of a request; a longer one is refused (413) while it is read.
         queue: requests that may wait for their turn, with their bodies unread; more are told to come back (503).
+        timeout: seconds of scoring after which a request is told that the reward hangs (503), and every other until it
+            has come back: another server of the clients may then serve them.
     """
     from editrl import __version__
 
@@ -49,17 +54,20 @@ def create_app(service: RewardService, *, token: str | None, max_body: int, queu
             raise HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
 
     @app.get("/health")
-    async def health(request: Request) -> dict:
+    async def health(request: Request) -> JSONResponse:
         authorise(request)
-        return {
-            "ready": True,  # the port opens when the weights are loaded
+        ready = service.seconds_busy() < timeout  # the port opens when the weights are loaded
+        answer = {
+            "ready": ready,
             "name": service.name,
+            "identity": service.identity,
             "version": __version__,
             "protocol": VERSION,
             "requires": service.requires,
             "columns": service.columns,
             "max_body_bytes": max_body,
         }
+        return JSONResponse(answer, 200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> PlainTextResponse:
@@ -92,6 +100,8 @@ def create_app(service: RewardService, *, token: str | None, max_body: int, queu
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > max_body:
             raise _too_large(max_body)
+        if service.seconds_busy() >= timeout:
+            raise _hangs(service)
         if meter.waiting >= queue:
             raise HTTPException(503, f"{queue} requests are waiting already", {"Retry-After": "1"})
         with _counted(meter, "waiting"):
@@ -117,7 +127,10 @@ def create_app(service: RewardService, *, token: str | None, max_body: int, queu
                 raise ClientDisconnect
             began = asyncio.get_running_loop().time()
             try:
-                scores = await service.score(columns)
+                scores = await asyncio.wait_for(service.score(columns), None if timeout == math.inf else timeout)
+            except TimeoutError as error:
+                meter.errors += 1
+                raise _hangs(service) from error
             except Exception as error:  # the reward's: the client gets one line, the log the rest
                 meter.errors += 1
                 log.exception("request %s failed", request_id)
@@ -127,7 +140,7 @@ def create_app(service: RewardService, *, token: str | None, max_body: int, queu
             finally:
                 meter.seconds += asyncio.get_running_loop().time() - began
         meter.samples += len(scores)
-        return {"name": service.name, "request_id": request_id, "scores": scores}
+        return {"name": service.name, "identity": service.identity, "request_id": request_id, "scores": scores}
 
     return app
 
@@ -147,6 +160,12 @@ async def _read(request: Request, limit: int) -> bytes:
     except TimeoutError as error:
         raise HTTPException(408, f"no byte of the body came for {STALL} s, after {size} bytes") from error
     return b"".join(chunks)
+
+
+def _hangs(service: RewardService) -> HTTPException:
+    busy = service.seconds_busy()
+    log.error("reward '%s' has not come back for %.0f s", service.name, busy)
+    return HTTPException(503, f"reward '{service.name}' has not come back for {busy:.0f} s", {"Retry-After": "1"})
 
 
 def _too_large(limit: int) -> HTTPException:

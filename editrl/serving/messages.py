@@ -19,7 +19,7 @@ from torch import Tensor
 
 from editrl.errors import EditrlError
 
-VERSION = 1
+VERSION = 2
 HEADER = "editrl"  # the key of our JSON in the safetensors header
 
 

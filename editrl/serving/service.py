@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import inspect
 import math
 import queue
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from editrl.errors import EditrlError
 from editrl.reward import RewardSet
 
 
@@ -22,11 +22,14 @@ class RewardService:
     Args:
         reward: the reward itself (of `load_reward`); its weights are loaded on `device` here.
         name: what clients call it.
+        identity: another text for every other reward, by which clients tell that one server stands in for another.
         columns: further columns to ask for, for a reward that looks for them in its **kwargs.
         batch_size: score this many samples at a time; None: a whole request.
 
-    Attributes: `name`, `requires` (columns that every sample must have), `columns` (those that clients should send: the
-    parameters that the reward names, `requires` and the further ones).
+    Attributes: `name`, `identity`, `requires` (columns that every sample must have), `columns` (those that clients
+    should send: the parameters that the reward names, its `requires` and `columns`, and the further ones).
+
+    EditrlError for a groupwise reward: a request holds clips, and not whose group they are.
     """
 
     def __init__(
@@ -34,15 +37,22 @@ class RewardService:
         reward: Callable,
         name: str,
         *,
+        identity: str = "",
         device: torch.device | str = "cpu",
         columns: Iterable[str] = (),
         batch_size: int | None = None,
     ):
-        self.name = name
+        self.name, self.identity = name, identity
         self.rewards = RewardSet([reward], batch_size=batch_size)
+        if self.rewards.groupwise:
+            raise EditrlError(
+                f"reward '{name}' compares the clips of a group, and requests do not say which clips are one: it "
+                "cannot be served; list it in the run's own reward_funcs"
+            )
         self.requires = sorted(self.rewards.requires)
-        self.columns = sorted({"videos", *_named_parameters(reward), *self.requires, *columns} - {"cache"})
+        self.columns = sorted({"videos", *self.rewards.columns, *columns})
         self.rewards.to(device)
+        self._began: float | None = None  # when the scoring that is going on began
         self._work: queue.SimpleQueue[tuple[Callable, asyncio.Future]] = queue.SimpleQueue()
         # One thread, so that a GPU model is never entered twice; a daemon, so that a hung reward does not keep the
         # process alive once the server has stopped.
@@ -54,6 +64,11 @@ class RewardService:
         self._work.put((lambda: self._score(columns), answer))
         return await answer
 
+    def seconds_busy(self) -> float:
+        """How long the scoring that is going on has taken; 0 where there is none."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
     def _score(self, columns: dict[str, list]) -> list[float | None]:
         scores = self.rewards(columns["videos"], {name: v for name, v in columns.items() if name != "videos"})
         return [None if math.isnan(score) else score for score in scores[:, 0].tolist()]
@@ -63,10 +78,12 @@ class RewardService:
             work, answer = self._work.get()
             if answer.cancelled():  # the client left, or the server stops
                 continue
+            self._began = time.monotonic()
             try:
                 settle, result = _set_result, work()
             except BaseException as error:  # somebody else's code: the request gets it, and this thread goes on
                 settle, result = _set_exception, error
+            self._began = None
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
                 answer.get_loop().call_soon_threadsafe(settle, answer, result)
             del work, answer, result  # or they would keep the clips until the next request
@@ -80,12 +97,6 @@ def _set_result(answer: asyncio.Future, result: Any) -> None:
 def _set_exception(answer: asyncio.Future, error: BaseException) -> None:
     if not answer.done():
         answer.set_exception(error)
-
-
-def _named_parameters(reward: Callable) -> set[str]:
-    function = reward.forward if isinstance(reward, torch.nn.Module) else reward
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds}
 
 
 class Meter:

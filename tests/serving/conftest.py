@@ -28,7 +28,7 @@ def steered(videos, source_videos=None, masks=None, orders=None):
         if masks is not None and masks[i] is not None:
             score = score + masks[i].double().mean()
         scores.append({"nan": float("nan"), "none": None}.get(order, score.item()))
-    return scores
+    return scores[1:] if "short" in (orders or []) else scores
 
 class Captioned:
     """Wants a column that its signature hides."""

@@ -93,7 +93,7 @@ BAD = {
     "metadata nested without end": (request("[" * 100_000), "no readable 'editrl' metadata"),
     "metadata that is a list": (request([]), "metadata is a list"),
     "a body cut short": (request(message())[:-5], "is no safetensors file"),
-    "another version": (request(message(version=99)), "version 99, this server reads 1"),
+    "another version": (request(message(version=99)), "version 99, this server reads 2"),
     "no tensors": (request(message(tensors=None)), "'tensors' is a NoneType"),
     "a missing tensor": (request(message(tensors={"videos": ["7"]})), "refers to the tensor '7'"),
     "no list": (request(message(tensors={"videos": "0"})), "'videos' is a str; it must be a list"),

@@ -16,6 +16,7 @@ from editrl.errors import EditrlError, OutageError
 from editrl.registry import load_reward
 from editrl.reward import RewardSet
 from editrl.rewards.remote import Remote
+from editrl.serving.messages import VERSION
 
 
 def scores(reward, videos, **columns) -> torch.Tensor:
@@ -31,6 +32,13 @@ def free_port() -> int:
 def nobody() -> str:
     """An address where nothing listens."""
     return f"http://127.0.0.1:{free_port()}"
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # -- the same numbers --------------------------------------------------------------------------------------------------
@@ -149,6 +157,33 @@ def test_the_next_endpoint_answers_for_one_that_is_away(server, nobody, clips, c
 
 
 @pytest.mark.slow
+def test_an_endpoint_of_another_reward_does_not_stand_in(serve, reward_file, clips):
+    """Two servers of one class with other arguments: scores of both in one run would be no scores."""
+    one, other = (serve(f"{reward_file}:Captioned", "--kwargs", f"factor={factor}") for factor in (1, 100))
+    reward = Remote(urls=[one.url, other.url])
+    assert reward(clips(1), target_captions=["four"]) == [4.0]
+    one.process.kill()
+    with pytest.raises(EditrlError, match="serves another reward: asked 'Captioned'"):
+        reward(clips(1), target_captions=["four"])
+
+
+def test_a_served_reward_that_returns_too_few_scores_is_an_error(server, clips):
+    with pytest.raises(EditrlError, match="'steered' returned 1 values for 2 videos"):
+        Remote(server.url)(clips(2), orders=["short", None])
+
+
+def test_a_server_whose_reward_hangs_is_passed_over(serve, server, reward_file, clips):
+    hung = serve(f"{reward_file}:steered", "--columns", "orders", "--timeout", 0.3)
+    videos = clips(1)
+    expected = Remote(server.url)(videos)
+    reward = Remote(urls=[hung.url, server.url])
+    reward.to("cpu")
+    with ThreadPoolExecutor() as pool:
+        pool.submit(Remote(hung.url, max_retries=0), videos, orders=[60.0])
+        wait_until(lambda: httpx.get(f"{hung.url}/health").status_code == 503)
+        assert reward(videos) == expected
+
+
 def test_a_server_that_dies_in_the_middle_costs_time_and_no_score(serve, reward_file, clips, caplog):
     caplog.set_level(logging.WARNING)
     videos = clips(60)
@@ -226,7 +261,8 @@ class stub:
         self.server.server_close()
 
 
-HEALTH = {"name": "r", "version": "0", "protocol": 1, "requires": [], "columns": ["videos"], "max_body_bytes": 10**6}
+HEALTH = {"name": "r", "identity": "i", "version": "0", "protocol": VERSION, "requires": [], "columns": ["videos"]}
+HEALTH["max_body_bytes"] = 10**6
 
 
 def sane(path: str, body: bytes, content: dict) -> tuple[int, dict, bytes]:
@@ -235,7 +271,7 @@ def sane(path: str, body: bytes, content: dict) -> tuple[int, dict, bytes]:
         return 200, {}, json.dumps(HEALTH).encode()
     header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
     request_id = json.loads(header["__metadata__"]["editrl"])["request_id"]
-    return 200, {}, json.dumps({"name": "r", "request_id": request_id} | content).encode()
+    return 200, {}, json.dumps({"name": "r", "identity": "i", "request_id": request_id} | content).encode()
 
 
 def answering(content: bytes | dict, status: int = 200) -> stub:
@@ -258,7 +294,11 @@ def answering(content: bytes | dict, status: int = 200) -> stub:
         ({"scores": [0.5, float("nan")]}, "answered nan for sample 1"),
         ({"scores": [0.5, float("inf")]}, "answered inf for sample 1"),
         ({"scores": [0.5, [0.5]]}, r"answered \[0.5\] for sample 1"),
-        ({"scores": [0.5, 0.5], "name": "other"}, "serves another reward now: asked 'r', got 'other'"),
+        (
+            {"scores": [0.5, 0.5], "name": "other"},
+            "serves another reward: asked 'r' with identity i, got 'other' with i",
+        ),
+        ({"scores": [0.5, 0.5], "identity": "j"}, "serves another reward: asked 'r' with identity i, got 'r' with j"),
         ({"scores": [0.5, 0.5], "request_id": "other"}, "answered another request"),
     ],
 )

@@ -140,6 +140,22 @@ def test_a_reward_that_raises_tells_the_client_a_line_and_the_log_the_rest(serve
     assert "request r1 failed" in log and "Traceback" in log and 'raise KeyError("no such face")' in log
 
 
+def test_a_reward_that_hangs_is_not_ready_until_it_comes_back(serve, reward_file):
+    slow = serve(f"{reward_file}:steered", "--columns", "orders", "--timeout", 0.3)
+    first = httpx.post(f"{slow.url}/score", content=request(orders=[2.5]))
+    assert first.status_code == 503 and "'steered' has not come back" in first.json()["detail"]
+    began = time.monotonic()
+    assert httpx.post(f"{slow.url}/score", content=request()).status_code == 503  # at once
+    assert time.monotonic() - began < 1.5
+    health = httpx.get(f"{slow.url}/health")
+    assert health.status_code == 503 and health.json()["ready"] is False
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{slow.url}/health").status_code == 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert httpx.post(f"{slow.url}/score", content=request()).status_code == 200
+
+
 def test_nan_never_leaves(server):
     answer = httpx.post(f"{server.url}/score", content=request(2, orders=[None, "nan"]))
     assert answer.status_code == 500 and "returned nan for sample 1" in answer.json()["detail"]
