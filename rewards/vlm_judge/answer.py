@@ -27,14 +27,14 @@ def read_scores(text: str, dimensions: Sequence[str]) -> Answer:
     """The scores of the first JSON object in `text` that has one for each dimension.
 
     Code fences and prose around it do no harm, nor do keys like "Instruct follow score (1-10)" or numbers as strings
-    ("8", "8/10").
+    ("8", "8/10"). A key that is the dimension itself, but for case and punctuation, wins over such keys.
 
     Raises: UnreadableAnswer when there is no such object, a score is not a number from 1 to 10, or two keys could mean
         the same dimension.
     """
     missing = "there is no JSON object in it"
     for found in _objects(text):
-        keys = {dimension: [key for key in found if _means(key, dimension)] for dimension in dimensions}
+        keys = {dimension: _keys(found, dimension, dimensions) for dimension in dimensions}
         doubled = next((dimension for dimension, matching in keys.items() if len(matching) > 1), None)
         if doubled:
             raise UnreadableAnswer(f"{' and '.join(keys[doubled])} could both be '{doubled}'")
@@ -79,12 +79,30 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
         start = text.find("{", end)
 
 
+def _keys(found: dict[str, Any], dimension: str, dimensions: Sequence[str]) -> list[str]:
+    """The keys that could mean the dimension: those that are its name, or else those that are like it.
+
+    What is the name of another dimension means that one: motion_quality is not motion.
+    """
+    exact = [key for key in found if _plain(key) == _plain(dimension)]
+    names = {_plain(name) for name in dimensions}
+    return exact or [key for key in found if _plain(key) not in names and _means(key, dimension)]
+
+
+def _plain(name: str) -> str:
+    """ "Edit OK" and "edit-ok" are edit_ok."""
+    return re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+
+
 def _means(key: str, dimension: str) -> bool:
-    """Whether each word of the dimension begins like a word of the key: "instruct follow" is instruction_following."""
-    words = re.findall(r"[a-z]+", key.lower())
+    """Whether each word of the dimension begins like a word of the key: "instruct follow" is instruction_following.
+
+    Of three letters or fewer, a word has to be the same: "a" begins too many others.
+    """
+    words = _plain(key).split("_")
     return all(
-        any(len(word) > 3 and (part.startswith(word) or word.startswith(part)) for word in words)
-        for part in dimension.lower().split("_")
+        any(part == word or (len(word) > 3 and (part.startswith(word) or word.startswith(part))) for word in words)
+        for part in _plain(dimension).split("_")
     )
 
 

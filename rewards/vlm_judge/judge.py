@@ -1,5 +1,7 @@
 """The judge as a reward, and as what a benchmark asks for scores with reasons."""
 
+import inspect
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editrl.errors import EditrlError
+from editrl.errors import EditrlError, did_you_mean
 from editrl.registry import register_reward
 from editrl.reward_options import check_frames
 from editrl.rewards.vlm_judge.answer import Answer, UnreadableAnswer, read_mark, read_scores, read_yes_no
@@ -24,6 +26,8 @@ class _Question:
     label: str
     prompt: Prompt
     parts: list[str | Tensor]
+    key: tuple  # equal keys, equal answers
+    held: tuple  # objects whose id is in the key: while it is remembered, no others can get these
 
 
 @register_reward("vlm_judge")
@@ -32,7 +36,8 @@ class VLMJudge:
 
     Asked for instruction following, quality and preservation, and with a reference image for similarity to it; the
     score is the mean of these, or the one `dimension`. An answer that cannot be read is asked for again, and then an
-    error: it never becomes a number.
+    error: it never becomes a number. Judges that differ in their `dimension` only, in one `RewardSet`, ask once for all
+    of them.
 
     Args:
         model: its name at the endpoint, or folder or Hub id of a local model.
@@ -72,13 +77,19 @@ class VLMJudge:
             raise EditrlError(f"vlm_judge: dimension is {dimension!r}: the prompt has {', '.join(known) or 'yes/no'}.")
         self.dimension, self.num_frames, self.attempts = dimension, num_frames, attempts
         if transport is None:
-            settings = dict(options or {})
-            transport = LocalVLM(model, **settings) if base_url is None else Endpoint(model, base_url, **settings)
+            transport = _transport(model, base_url, options or {})
         self.transport = transport
         self.background = isinstance(transport, Endpoint)  # a `RewardOptions`: a local model computes here
         self._pool: ThreadPoolExecutor | None = None  # of the last call
+        self._stop = threading.Event()  # and its end
         self.model = model or type(transport).__name__
         self.requires = {"source_videos", "instructions"}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Further columns that it reads where they are there: a server has to ask its clients for them."""
+        named = {f"{name}s" for prompt in self.prompts for name in prompt.placeholders}
+        return ("reference_images", *sorted(named - self.requires))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,27 +105,38 @@ class VLMJudge:
 
     def __call__(self, videos: Sequence[Tensor], cache: dict | None = None, **columns) -> list[float]:
         """N clips [F,3,H,W] in [0,1], `source_videos`, `instructions`, optional others -> N floats."""
-        answers = self.judge(videos, **columns)
+        answers = self.judge(videos, cache, **columns)
         chosen = [[a.scores[self.dimension]] if self.dimension else list(a.scores.values()) for a in answers]
         return [sum(scores) / len(scores) for scores in chosen]
 
-    def judge(self, videos: Sequence[Tensor], **columns) -> list[Answer]:
+    def judge(self, videos: Sequence[Tensor], cache: dict | None = None, **columns) -> list[Answer]:
         """The scores by dimension, with reasons; columns as a reward gets them.
 
-        Raises: EditrlError when the judge cannot be reached, or a sample's answer could not be read `attempts` times.
+        `cache` remembers the answers, by the identity of the clips and all else that an answer depends on: what another
+        judge has asked there is not asked again.
+
+        Raises: EditrlError when a sample's answer could not be read `attempts` times; OutageError when the judge cannot
+            be reached.
         """
         questions = [
             self._question(i, video, {name: values[i] for name, values in columns.items() if isinstance(values, list)})
             for i, video in enumerate(videos)
         ]
+        memo = {} if cache is None else cache.setdefault("vlm_judge", {})
+        new = {question.key: question for question in questions if question.key not in memo}
+        stop = self._stop = threading.Event()
         pool = self._pool = ThreadPoolExecutor(self.transport.concurrency)
         try:
-            return list(pool.map(self._answer, questions))
+            answers = list(pool.map(lambda question: self._answer(question, stop), new.values()))
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)  # after a failure the rest need not be asked
+        memo.update({key: (new[key].held, answer) for key, answer in zip(new, answers, strict=True)})
+        return [memo[question.key][1] for question in questions]
 
     def cancel(self) -> None:
         """Of a call that another thread waits for, the questions that have not been asked are dropped."""
+        self._stop.set()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -125,15 +147,21 @@ class VLMJudge:
             name: sample.get(f"{name}s") for name in ("instruction", "source_caption", "target_caption")
         }  # the columns are plural
         shown = parts(prompt, video, sample["source_videos"], texts, reference, self.num_frames)
-        return _Question(f"sample {i}" + (f" (id {sample['ids']!r})" if "ids" in sample else ""), prompt, shown)
+        held = (video, sample["source_videos"], reference, self.transport)
+        own = isinstance(self.transport, Endpoint | LocalVLM)
+        whom = (type(self.transport), self.transport.key if own else id(self.transport))
+        key = (whom, prompt.version, self.num_frames, *map(id, held[:3]), shown[-1])
+        label = f"sample {i}" + (f" (id {sample['ids']!r})" if "ids" in sample else "")
+        return _Question(label, prompt, shown, key, held)
 
-    def _answer(self, question: _Question) -> Answer:
+    def _answer(self, question: _Question, stop: threading.Event) -> Answer:
         prompt, asked = question.prompt, question.parts
         if not prompt.dimensions and hasattr(self.transport, "weigh"):
             values = {str(mark): float(mark) for mark in prompt.marks} or {"yes": 1.0, "no": 0.0}
             return Answer({"mark" if prompt.marks else "yes": self.transport.weigh(asked, values)}, "", "")
+        waiting = (stop,) if isinstance(self.transport, Endpoint) else ()
         for _ in range(self.attempts):
-            text = self.transport.ask(asked)
+            text = self.transport.ask(asked, *waiting)
             try:
                 return _read(text, prompt)
             except UnreadableAnswer as error:
@@ -143,6 +171,20 @@ class VLMJudge:
             f"{question.label}: the judge '{self.model}' gave {self.attempts} answers that cannot be read, the last of "
             f"which because {problem}: {text[:200]!r}"
         )
+
+
+def _transport(model: str, base_url: str | None, options: Mapping[str, Any]) -> LocalVLM | Endpoint:
+    """EditrlError for an option that it does not take."""
+    kind, place = (LocalVLM, (model,)) if base_url is None else (Endpoint, (model, base_url))
+    known = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            why = "a local model, as there is no base_url" if base_url is None else "as there is a base_url"
+            raise EditrlError(
+                f"vlm_judge: options has '{name}', but {kind.__name__} ({why}) takes {', '.join(known)}."
+                + did_you_mean(str(name), known)
+            )
+    return kind(*place, **options)
 
 
 def _read(text: str, prompt: Prompt) -> Answer:

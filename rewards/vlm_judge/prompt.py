@@ -36,6 +36,11 @@ class Prompt:
         """Of the wording; scores with different versions do not compare."""
         return hashlib.sha256(f"{self.dimensions}{self.marks}{self.text}".encode()).hexdigest()[:12]
 
+    @property
+    def placeholders(self) -> list[str]:
+        """Those of `PLACEHOLDERS` that are filled in."""
+        return Template(self.text).get_identifiers()
+
 
 def load_prompt(spec: str) -> Prompt:
     """A packaged prompt ("edit", "reference", "yes_no") or a text file of one's own.
@@ -83,14 +88,13 @@ def parts(
         texts: values of `PLACEHOLDERS`.
         reference: [1,3,h,w], shown last.
     """
-    wanted = Template(prompt.text).get_identifiers()
-    for name in wanted:
+    for name in prompt.placeholders:
         if texts.get(name) is None:
             raise EditrlError(f"the prompt '{prompt.name}' wants ${name}, which this sample does not have.")
     shown = [*_shown("Source video", source, frames), *_shown("Edited video", edited, frames)]
     if reference is not None:
         shown += ["Reference image:", reference[0]]
-    return [*shown, Template(prompt.text).substitute({name: texts[name] for name in wanted})]
+    return [*shown, Template(prompt.text).substitute({name: texts[name] for name in prompt.placeholders})]
 
 
 def _shown(what: str, clip: Tensor, frames: str | int) -> Sequence[str | Tensor]:

@@ -1,12 +1,15 @@
 """The judge: prompts, parser, an OpenAI-compatible endpoint on loopback, and a tiny real model."""
 
 import base64
+import gc
 import io
 import json
+import logging
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from editrl.errors import EditrlError
+from editrl.errors import EditrlError, OutageError
 from editrl.recipes.shapes import WEIGHTS
 from editrl.reward import RewardSet
+from editrl.rewards.backbone import fetch
+from editrl.rewards.vlm_judge import endpoint as endpoint_module
+from editrl.rewards.vlm_judge import local
 from editrl.rewards.vlm_judge.answer import UnreadableAnswer, read_mark, read_scores, read_yes_no
 from editrl.rewards.vlm_judge.endpoint import Endpoint
 from editrl.rewards.vlm_judge.judge import VLMJudge
@@ -105,13 +111,41 @@ def test_scores_are_read_however_they_are_wrapped(text):
         (GOOD.replace("6", "null"), "'quality' is None"),
         (GOOD.replace("6", "true"), "'quality' is True"),
         (GOOD.replace("6", "NaN"), "'quality' is nan"),
-        (GOOD.replace('"quality": 6', '"quality": 6, "image quality": 2'), "could both be 'quality'"),
+        (GOOD.replace('"quality": 6', '"quality score": 6, "image quality": 2'), "could both be 'quality'"),
+        (GOOD.replace('"quality": 6', '"quality": 6, "Quality": 2'), "could both be 'quality'"),
         (GOOD[:-12], "no JSON object"),
     ],
 )
 def test_what_is_no_score_is_not_read(text, why):
     with pytest.raises(UnreadableAnswer, match=why):
         read_scores(text, THREE)
+
+
+@pytest.mark.parametrize(
+    ("text", "dimensions", "wanted"),
+    [
+        ('{"a": 1, "b": 2, "c": 3, "reason": "a b c"}', "a b c", [1, 2, 3]),
+        ('{"Art": 4, "Edit OK": 5}', "art edit_ok", [4, 5]),
+        ('{"art score (1-10)": 4, "edit-ok": 5, "part": 9}', "art edit_ok", [4, 5]),
+        ('{"motion_quality": 2, "motion": 3}', "motion motion_quality", [3, 2]),
+        ('{"Motion score": 3, "motion_quality": 2}', "motion motion_quality", [3, 2]),
+        ('{"quality": 6, "image quality": 2}', "quality", [6]),
+    ],
+)
+def test_dimensions_of_ones_own_are_read(text, dimensions, wanted):
+    assert list(read_scores(text, dimensions.split()).scores.values()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "dimensions", "why"),
+    [
+        ('{"part": 3, "apt": 4}', "art", "no 'art'"),
+        ('{"motion_quality": 2}', "motion motion_quality", "no 'motion'"),
+    ],
+)
+def test_the_key_of_another_dimension_or_word_is_not_taken(text, dimensions, why):
+    with pytest.raises(UnreadableAnswer, match=why):
+        read_scores(text, dimensions.split())
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("Yes.", 1), ("**NO**", 0), ("Answer: yes, clearly", 1)])
@@ -266,19 +300,76 @@ def test_what_may_pass_is_tried_again_and_what_will_not_is_an_error(endpoint):
     ]:
         endpoint.answers, endpoint.requests[:] = answers, []
         with pytest.raises(EditrlError, match=wanted.replace("?", r"\?")) as caught:
-            judge(endpoint, options={"tries": 3})(videos, **columns)
+            judge(endpoint, options={"max_retries": 2})(videos, **columns)
+        assert isinstance(caught.value, OutageError) == (tries > 1)
         assert len(endpoint.requests) == tries
         assert "secret" not in str(caught.value)
 
 
-def test_a_time_out_and_a_closed_port_are_errors(endpoint):
+def test_a_time_out_and_a_closed_port_are_outages(endpoint):
+    videos, columns = sample()
     endpoint.answers = [0.5]
-    with pytest.raises(EditrlError, match=r"cannot be reached: ReadTimeout"):
-        judge(endpoint, options={"timeout": 0.05, "tries": 2})(*sample()[:1], **sample()[1])
+    with pytest.raises(OutageError, match=r"cannot be reached: ReadTimeout"):
+        judge(endpoint, options={"timeout": 0.05, "max_retries": 1})(videos, **columns)
+    close(endpoint)
+    with pytest.raises(OutageError, match="cannot be reached: ConnectError"):
+        judge(endpoint, options={"max_retries": 0})(videos, **columns)
+
+
+def close(endpoint):
     endpoint.server.shutdown()
     endpoint.server.server_close()
-    with pytest.raises(EditrlError, match="cannot be reached: ConnectError"):
-        judge(endpoint, options={"tries": 1})(*sample()[:1], **sample()[1])
+
+
+def test_a_short_outage_is_waited_for_and_told(endpoint, monkeypatch, caplog):
+    monkeypatch.setattr(endpoint_module, "QUIET", 0)
+    endpoint.answers = [(503, "busy")] * 12 + [GOOD]
+    with caplog.at_level(logging.WARNING, "editrl.rewards.vlm_judge"):
+        assert judge(endpoint, options={"wait": 0.0001})(*sample()[:1], **sample()[1]) == [8]
+    assert len(endpoint.requests) == 13
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "answers 503: busy; it is asked again" in told[0] and "answers again" in told[1]
+
+
+@pytest.mark.parametrize("answer", [(503, "busy"), (500, "broken"), (429, "slow down"), None])
+def test_an_outage_that_lasts_stops_the_run_as_one(endpoint, answer):
+    reward = judge(endpoint, num_frames=1, options={"outage_limit": 0.3, "wait": 0.02, "concurrency": 2})
+    endpoint.answers = [answer]
+    if answer is None:
+        close(endpoint)
+    began = time.monotonic()
+    with pytest.raises(OutageError, match=r"reward 'vlm_judge' failed on sample 0 to sample 3: .*no answer for \d+ s"):
+        RewardSet([reward])(*sample(4))
+    assert time.monotonic() - began >= 0.3
+    assert answer is None or len(endpoint.requests) > 4
+
+
+def test_a_wrong_address_is_told_sooner_than_an_outage(endpoint, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "STARTUP", 0.1)
+    known, new = (judge(endpoint, options={"outage_limit": limit, "wait": 0.02}) for limit in (0.5, 600))
+    videos, columns = sample()
+    assert known(videos, **columns) == [8]
+    known.transport.client.close()
+    known.transport.client = endpoint_module.httpx.Client()  # without the connection that is still open
+    close(endpoint)
+    with pytest.raises(OutageError, match="check base_url"):
+        new(videos, **columns)
+    began = time.monotonic()
+    with pytest.raises(OutageError):
+        known(videos, **columns)
+    assert time.monotonic() - began >= 0.5
+
+
+def test_a_call_that_is_not_wanted_any_more_waits_for_no_outage(endpoint):
+    endpoint.answers = [(503, "busy")]
+    waiting = judge(endpoint, options={"wait": 30})
+    videos, columns = sample()
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(waiting, videos, **columns)
+        while not endpoint.requests:
+            time.sleep(0.01)
+        waiting.cancel()
+        assert isinstance(call.exception(timeout=20), OutageError | CancelledError)
 
 
 def test_no_more_requests_at_a_time_than_allowed(endpoint):
@@ -315,7 +406,102 @@ def test_a_key_that_is_not_set_is_named(monkeypatch):
     Endpoint("m", "http://localhost/v1", api_key_env=None)
 
 
+def test_judges_of_one_set_ask_once(endpoint):
+    named = {"follows": "instruction_following", "looks": "quality", "keeps": "preservation", "all": None}
+    same = {"model": "some-vlm", "base_url": endpoint.url, "options": {"api_key_env": "JUDGE_KEY"}}
+    kwargs = {name: same | {"dimension": dimension} for name, dimension in named.items()}
+    scores = RewardSet([f"{name}=vlm_judge" for name in named], kwargs=kwargs)
+    videos, columns = sample(3)
+    assert scores(videos, columns).tolist() == [[8, 6, 10, 8]] * 3
+    assert len(endpoint.requests) == 3
+    scores(videos, columns)
+    assert len(endpoint.requests) == 6  # a cache lives for one call
+    assert judge(endpoint)([videos[0]] * 2, **{name: values[:2] for name, values in columns.items()}) == [8, 8]
+    assert len(endpoint.requests) == 7
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_frames": 2},
+        {"prompt": "edit.txt"},
+        {"options": {"image_format": "jpeg"}},
+        {"options": {"body": {"max_tokens": 9}}},
+    ],
+)
+def test_judges_that_ask_something_else_do_not_share_answers(endpoint, other, tmp_path):
+    if "prompt" in other:
+        (tmp_path / "edit.txt").write_text(f"dimensions: {' '.join(THREE)}\nrate it")
+        other = {"prompt": str(tmp_path / "edit.txt")}
+    videos, columns = sample()
+    cache = {}
+    for reward in (judge(endpoint), judge(endpoint, **other), judge(endpoint, **other)):
+        assert reward(videos, cache=cache, **columns) == [8]
+    assert len(endpoint.requests) == 2
+
+
+def test_samples_that_differ_do_not_share_answers(endpoint):
+    reward, cache = judge(endpoint), {}
+    videos, columns = sample()
+    others = [
+        {},
+        {"instructions": ["make it blue"]},
+        {"source_videos": [torch.zeros(9, 3, 6, 8)]},
+        {"reference_images": [torch.ones(1, 3, 5, 5)]},
+    ]
+    endpoint.answers = [json.dumps(json.loads(GOOD) | {"similarity": 4})]
+    for different in others * 2:
+        reward(videos, cache=cache, **columns | different)
+    assert len(endpoint.requests) == 4
+
+
+def test_an_object_as_transport_shares_answers_with_itself_only():
+    class Fixed:
+        concurrency, key = 1, "equal"
+
+        def __init__(self, mark):
+            self.mark, self.asked = mark, 0
+
+        def ask(self, parts):
+            self.asked += 1
+            return GOOD.replace("8", self.mark).replace("6", self.mark).replace("10", self.mark)
+
+    first, second = Fixed("3"), Fixed("5")
+    cache, (videos, columns) = {}, sample()
+    for transport, wanted in ((first, 3), (first, 3), (second, 5)):
+        assert VLMJudge(transport=transport)(videos, cache=cache, **columns) == [wanted]
+    assert (first.asked, second.asked) == (1, 1)
+
+
+def test_it_says_which_columns_it_can_use(endpoint, tmp_path):
+    assert judge(endpoint).columns == ("reference_images",)
+    (tmp_path / "mine.txt").write_text("dimensions: a\n$instruction: $target_caption, ${source_caption}, $$5?")
+    mine = judge(endpoint, prompt=str(tmp_path / "mine.txt"))
+    assert mine.columns == ("reference_images", "source_captions", "target_captions")
+    endpoint.answers = ['{"a": 4}']
+    videos, columns = sample(source_captions=["a cat"], target_captions=["a dog"])
+    assert mine(videos, **columns) == [4]
+
+
+@pytest.mark.parametrize("base_url", [None, "http://localhost/v1"])
+def test_an_option_that_there_is_not_is_named_with_the_transport(base_url):
+    kind = "LocalVLM .a local model" if base_url is None else "Endpoint"
+    with pytest.raises(EditrlError, match=f"vlm_judge: options has 'nope', but {kind}"):
+        VLMJudge("m", base_url=base_url, options={"nope": 1})
+    with pytest.raises(EditrlError, match="options has 'model'"):
+        VLMJudge("m", base_url=base_url, options={"model": "n"})
+    near = {"max_new_token": "max_new_tokens"} if base_url is None else {"timeouts": "timeout"}
+    for wrong, right in near.items():
+        with pytest.raises(EditrlError, match=f"Did you mean '{right}'"):
+            VLMJudge("m", base_url=base_url, options={wrong: 1})
+
+
 def test_arguments_are_checked(endpoint):
+    for option, value in (("timeout", 0), ("outage_limit", -1), ("max_retries", -1), ("concurrency", 0)):
+        with pytest.raises(EditrlError, match=f"{option} of a judge is {value}"):
+            judge(endpoint, options={option: value})
+    with pytest.raises(EditrlError, match="base_url of a judge is 'localhost:8000/v1': it starts with http"):
+        Endpoint("m", "localhost:8000/v1", api_key_env=None)
     with pytest.raises(EditrlError, match="give `model`"):
         VLMJudge()
     with pytest.raises(EditrlError, match="num_frames is 'some'"):
@@ -343,6 +529,52 @@ def tiny_vlm(tmp_path_factory):
     return lambda **kwargs: LocalVLM(
         str(WEIGHTS / "sft" / "vlm"), processor=str(folder), dtype="float32", words=words, max_new_tokens=4, **kwargs
     )
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The kinds that are read from disk. Nothing is held from before."""
+    kinds = []
+    monkeypatch.setattr(local, "_loaded", WeakValueDictionary())
+
+    def counting(kind, name, **kwargs):
+        kinds.append(kind.__name__)
+        return fetch(kind, name, **kwargs)
+
+    monkeypatch.setattr(local, "fetch", counting)
+    return kinds
+
+
+def test_judges_share_the_weights_of_a_local_model_and_ask_it_once(tiny_vlm, loads, monkeypatch):
+    asked = []
+    weigh = LocalVLM.weigh
+    monkeypatch.setattr(LocalVLM, "weigh", lambda self, *args: asked.append(self) or weigh(self, *args))
+    judges = [VLMJudge(transport=tiny_vlm(), prompt="yes_no", num_frames=1) for _ in range(3)]
+    for k, reward in enumerate(judges):
+        reward.name = f"judge{k}"
+    videos = [torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)]
+    columns = {"source_videos": [torch.rand(1, 3, 32, 32)] * 2, "instructions": ["make it red"] * 2}
+    scores = RewardSet(judges).to("cpu")(videos, columns)
+    assert loads == ["AutoModelForImageTextToText", "AutoProcessor"]
+    assert len(asked) == 2 and len(set(scores[0].tolist())) == 1
+    others = {name: values[:1] for name, values in columns.items()}
+    alone = [reward(videos[:1], **others)[0] for reward in judges]
+    assert alone == pytest.approx([scores[0, 0].item()] * 3)
+    assert len(asked) == 5
+
+
+def test_a_local_model_goes_with_its_last_judge_and_is_copied_to_another_device(tiny_vlm, loads):
+    first, second = tiny_vlm().to("cpu"), tiny_vlm().to("meta")
+    assert len(loads) == 2
+    assert {p.device.type for p in first._loaded.network.parameters()} == {"cpu"}
+    assert {p.device.type for p in second._loaded.network.parameters()} == {"meta"}
+    assert not second._loaded.network.training and not any(p.requires_grad for p in second._loaded.network.parameters())
+    assert second.to("cpu")._loaded is first._loaded
+    del first, second
+    gc.collect()
+    assert not local._loaded
+    tiny_vlm().to("cpu")
+    assert len(loads) == 4
 
 
 def test_yes_is_weighed_against_no_by_a_local_model(tiny_vlm):
