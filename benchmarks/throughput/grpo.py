@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 import editrl
-from editrl.benchmarks.record import commit, machine, write_json
+from editrl.benchmarks.record import machine, write_json
 from editrl.benchmarks.throughput.edit import CLIP
 from editrl.benchmarks.throughput.models import write_editor, write_rewards
 from editrl.benchmarks.throughput.steps import GIB, LAYERS, stock_forward
@@ -135,11 +135,12 @@ def write_figure(options: argparse.Namespace, steps: list[dict], processes: int)
         "clips": options.members,
         "processes": processes,
         "inference_steps": options.inference_steps,
-    } | commit()  # variants may have been added at several
+    }
     if options.device == "cuda":
         figure["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 1)
+    figure["machine"] = machine(options.device)  # variants may be added on others
     name = options.variant + (f", {options.deepspeed} on {processes}" if options.deepspeed else "")
-    result = {"settings": {"size": options.size, "window": WINDOW}, "machine": machine(options.device), "variants": {}}
+    result = {"settings": {"size": options.size, "window": WINDOW}, "variants": {}}
     if options.out.exists():
         result = json.loads(options.out.read_text())
     result["variants"][name] = figure

@@ -54,7 +54,7 @@ class Row:
 
 
 def main(argv: list[str]) -> int:
-    """Predict memory and seconds of a recipe, and which ZeRO stage and activation budget fit."""
+    """Predict memory and seconds of a GRPO recipe, and which ZeRO stage and activation budget fit."""
     from editrl.cli.arguments import DataArguments, PolicyArguments, RewardArguments
     from editrl.cli.config import parse_config
     from editrl.cli.launch import quiet_libraries
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
         def __post_init__(self):
             # Over all processes where it is given, else it follows from the sizes of one.
             self.over_all = self.generation_batch_size is not None
+            self.planned_with = self.deepspeed
             self.deepspeed, self.bf16, self.use_cpu = None, False, True
             super().__post_init__()
 
@@ -78,6 +79,9 @@ def main(argv: list[str]) -> int:
     clip = (data_args.num_frames, data_args.height, data_args.width)
     if None in clip:
         raise EditrlError("`editrl plan` needs the size of the clips: give num_frames, height and width")
+    if args.fp8_base or "offload" in str(args.planned_with):
+        what = "fp8_base" if args.fp8_base else "offloading to main memory"
+        raise EditrlError(f"`editrl plan` has no rates for {what}; plan without it")
     if not policy_args.use_peft:
         raise EditrlError("`editrl plan` knows what LoRA takes, not what training all weights does; set use_peft")
     rows, notes = predict(policy_args, args, clip, machines)

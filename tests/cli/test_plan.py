@@ -123,6 +123,8 @@ def test_the_shapes_of_an_editor_s_folder_are_used(capsys):
         (["--width", "830"], "multiples of 16"),
         (["--gpus", "0"], "gpus must be above 0"),
         (["--use_peft", "false"], "knows what LoRA takes"),
+        (["--fp8_base", "true"], "has no rates for fp8_base"),
+        (["--deepspeed", "zero3_offload"], "has no rates for offloading"),
     ],
 )
 def test_what_cannot_be_planned_says_why(capsys, options, message):

@@ -117,6 +117,7 @@ def program_pair(folder: Path) -> None:
     finish(make(folder / "pair-zero2", "zero2"))
     finish(make(folder / "resumed-zero2", "zero2"), folder / "pair-zero2" / "checkpoint-4")
     finish(make(folder / "grown-zero2", "zero2", max_steps=4), alone(folder, "zero2"))
+    finish(make(folder / "pair-zero1", "zero1", max_steps=2))
     finish(make(folder / "pair-zero3", sharded()))
     finish(
         make(folder / "resumed-zero3", sharded(), callbacks=[FailAmongWeights()]), folder / "pair-zero3/checkpoint-2"
@@ -126,15 +127,16 @@ def program_pair(folder: Path) -> None:
     finish(make(folder / "pair-sft", sharded(), "sft"))
     finish(make(folder / "resumed-sft", sharded(), "sft"), folder / "pair-sft" / "checkpoint-2")
     finish(make(folder / "grown-sft", sharded(), "sft"), alone(folder, "sft"))
+    finish(make(folder / "pair-zero3_offload", sharded("zero3_offload"), max_steps=2))
     changes = {"loss_type": "nft", "max_steps": 2, "beta": 0.0, "save_strategy": "no", "eval_strategy": "no"}
     finish(make(folder / "nft-gathered", sharded(), **changes))
     finish(make(folder / "nft-each-forward", sharded(), ds3_gather_for_rollout=False, **changes))
     inspect(folder)
 
 
-def sharded() -> dict:
-    """The packaged ZeRO-3, which would keep weights as small as these whole."""
-    config = zero.read_config("zero3")
+def sharded(name: str = "zero3") -> dict:
+    """A packaged ZeRO-3, which would keep weights as small as these whole."""
+    config = zero.read_config(name)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
 
@@ -269,7 +271,10 @@ def assert_close(one: Path, other: Path) -> None:
 # -- the promises ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["alone-zero2", "alone-zero3", "pair-zero2", "pair-zero3"])
+PAIRS = ["pair-zero1", "pair-zero2", "pair-zero3", "pair-zero3_offload"]
+
+
+@pytest.mark.parametrize("name", ["alone-zero2", "alone-zero3", *PAIRS])
 def test_zero_trains_as_one_process_without_it(runs, name):
     assert_close(runs / name, runs / "plain")
 

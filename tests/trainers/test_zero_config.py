@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from editrl.errors import EditrlError
-from editrl.trainers import FlowSFTConfig, FlowSFTTrainer, zero
+from editrl.trainers import FlowGRPOConfig, FlowGRPOTrainer, FlowSFTConfig, FlowSFTTrainer, zero
 
 NAMES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
@@ -144,6 +144,29 @@ def test_sft_under_zero3_has_nothing_to_compile(fresh_policy, pairs):
     args.compile_blocks = True
     with pytest.raises(EditrlError, match="under ZeRO-3 compile_blocks compiles rollouts, and SFT has none"):
         FlowSFTTrainer(policy, args, pairs)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("fp8_base", True, "fp8_base keeps every block's weights whole, .* use ZeRO-2"),
+        ("activation_memory", "1", "activation_memory plans with whole weights .* use gradient_checkpointing"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_under_zero3(fresh_policy, pairs, field, value, message):
+    policy, args = fresh_policy(), sft("zero3")
+    args.use_cpu = False
+    setattr(args, field, value)
+    with pytest.raises(EditrlError, match=message):
+        FlowSFTTrainer(policy, args, pairs)
+
+
+def test_one_pass_is_refused_under_zero3(fresh_policy, pairs):
+    policy, batch = fresh_policy(), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    args = FlowGRPOConfig("unused", deepspeed="zero3", use_cpu=True, num_generations=2, report_to="none", **batch)
+    args.one_pass = True
+    with pytest.raises(EditrlError, match="one_pass needs whole weights, which ZeRO-3 does not keep; use ZeRO-2"):
+        FlowGRPOTrainer(policy, [lambda videos: [0.0] * len(videos)], args, pairs)
 
 
 def test_use_cpu_does_not_turn_deepspeed_off_in_silence(fresh_policy, pairs):
