@@ -62,7 +62,7 @@ class FlowTrainer(Trainer):
             policy.transformer.requires_grad_(peft_config is None)
         if args.fp8_base and is_deepspeed_zero3_enabled():
             raise EditrlError(
-                "fp8_base keeps every block's weights whole, in a form that ZeRO-3 does not shard; use ZeRO-2, or drop it"
+                "fp8_base keeps every block's weights whole, and ZeRO-3 does not shard them; use ZeRO-2, or drop it"
             )
         if args.fp8_base:
             quantize_blocks(repeated_blocks(policy.transformer))
