@@ -1,6 +1,7 @@
 """The one exception that users are meant to read."""
 
 import difflib
+import pickle
 from collections.abc import Iterable
 
 
@@ -10,6 +11,10 @@ class EditrlError(ValueError):
 
 class OutageError(EditrlError):
     """Something outside that a run needs stays away. What was done so far is good: save it, stop, and go on later."""
+
+
+UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError)
+"""What `torch.load` raises for a file that it cannot read."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

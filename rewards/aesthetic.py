@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
-from editrl.errors import EditrlError
+from editrl.errors import UNREADABLE, EditrlError
 from editrl.registry import register_reward
 from editrl.rewards.backbone import BackboneReward
 
@@ -73,7 +73,7 @@ def read_head(path: str | None) -> list[tuple[Tensor, Tensor]]:
         names = sorted({name.rpartition(".")[0] for name in state}, key=lambda name: int(name.rpartition(".")[2] or 0))
         prefixes = [f"{name}." if name else "" for name in names]
         layers = [(state[f"{prefix}weight"].float(), state[f"{prefix}bias"].float()) for prefix in prefixes]
-    except (SafetensorError, RuntimeError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (*UNREADABLE, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise EditrlError(f"'{path}' is no aesthetic head ({type(error).__name__}: {error}): {HOW_TO_GET}.") from error
     widths = [weight.shape[0] for weight, _ in layers]
     if not layers or widths[-1] != 1 or [weight.shape[1] for weight, _ in layers[1:]] != widths[:-1]:

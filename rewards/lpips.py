@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, max_pool2d
 
-from editrl.errors import EditrlError
+from editrl.errors import UNREADABLE, EditrlError
 
 HOW_TO_GET = (
     "where there is a network, `pip install lpips`, save `lpips.LPIPS(net='alex').state_dict()` with torch.save, and "
@@ -33,7 +33,7 @@ def read_weights(path: str | None) -> dict[str, Tensor]:
     try:
         state = torch.load(Path(path).expanduser(), "cpu", weights_only=True)
         return {name: state[name].float() for name in wanted}
-    except (RuntimeError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (*UNREADABLE, KeyError, TypeError, AttributeError, ValueError) as error:
         raise EditrlError(
             f"'{path}' holds no LPIPS weights ({type(error).__name__}: {error}): {HOW_TO_GET}."
         ) from error

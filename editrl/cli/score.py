@@ -77,6 +77,9 @@ def score(options: argparse.Namespace) -> int:
     specs = [spec.strip() for spec in options.rewards.split(",") if spec.strip()]
     kwargs = parse_yaml(options.reward_kwargs, "--reward_kwargs", mapping=True) if options.reward_kwargs else {}
     rewards = RewardSet(specs, kwargs=kwargs)
+    if rewards.groupwise:
+        name = rewards.groupwise[0]
+        raise EditrlError(f"reward '{name}' compares the clips of a group, and a manifest has no groups")
     dataset = EditDataset.from_manifest(options.manifest, frame_multiple=1, size_multiple=1)
     file = ScoreFile(options.output, processes.rank)
     known = file.read(rewards.names, set(dataset.ids), overwrite=options.overwrite)

@@ -311,6 +311,13 @@ def test_a_wrong_command_line_is_one_line(folder, capsys, further, phrase):
     assert phrase in error and error.count("\n") == 1
 
 
+def test_a_reward_of_whole_groups_is_refused(folder, capsys):
+    with open(folder / "rewards.py", "a") as file:
+        file.write("def ranks(videos): return [0.0] * len(videos)\nranks.groupwise = True\n")
+    assert main(words(folder, rewards=["ranks"])) == 2
+    assert "'ranks' compares the clips of a group, and a manifest has no groups" in capsys.readouterr().err
+
+
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,10 @@ def test_the_error_says_how_to_get_the_weights(tiny_clip, tmp_path):
     torch.save({"layers.0.weight": torch.zeros(5, 24), "layers.0.bias": torch.zeros(5)}, tmp_path / "other.pth")
     with pytest.raises(EditrlError, match=r"its layers \[\[5, 24\]\] do not end in one number"):
         Aesthetic(str(tmp_path / "other.pth"))
+    for content in (b"", b"no weights at all"):
+        (tmp_path / "junk.pth").write_bytes(content)
+        with pytest.raises(EditrlError, match=r"junk\.pth' is no aesthetic head"):
+            Aesthetic(str(tmp_path / "junk.pth"))
     torch.save({"encoder.weight": torch.zeros(5)}, tmp_path / "model.pth")
     with pytest.raises(EditrlError, match="is no aesthetic head"):
         Aesthetic(str(tmp_path / "model.pth"))

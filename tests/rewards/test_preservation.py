@@ -141,6 +141,10 @@ def test_a_frame_too_small_for_alexnet_is_refused(lpips_file):
 def test_lpips_says_how_to_get_its_weights(tmp_path):
     with pytest.raises(EditrlError, match="has no weights: where there is a network, `pip install lpips`"):
         PreservationLPIPS()
+    for content in (b"", b"no weights at all"):
+        (tmp_path / "junk.pth").write_bytes(content)
+        with pytest.raises(EditrlError, match=r"junk\.pth' holds no LPIPS weights"):
+            PreservationLPIPS(str(tmp_path / "junk.pth"))
     torch.save({"net": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(EditrlError, match=r"other.pth' holds no LPIPS weights \(KeyError"):
         PreservationLPIPS(str(tmp_path / "other.pth"))

@@ -204,11 +204,17 @@ def test_a_server_that_dies_in_the_middle_costs_time_and_no_score(serve, reward_
     assert "does not answer" in caplog.text and "answers again" in caplog.text
 
 
-def test_a_thousand_requests_of_sixteen_threads(server, reward_file, clips):
+def test_a_thousand_requests_of_sixteen_clients(server, reward_file, clips):
     videos = clips(1000, size=8)
     local = scores(load_reward(f"{reward_file}:steered"), videos)
     before = server.peak_memory()
-    assert torch.equal(scores(Remote(server.url, samples_per_request=1, max_in_flight=16), videos), local)
+
+    def client(number: int) -> torch.Tensor:
+        return scores(Remote(server.url, samples_per_request=1, max_in_flight=2), videos[number::16])
+
+    with ThreadPoolExecutor(16) as clients:
+        for number, found in enumerate(clients.map(client, range(16))):
+            assert torch.equal(found, local[number::16])
     assert server.peak_memory() - before < 100
 
 
