@@ -37,11 +37,12 @@ def test_whole_grpo_steps_are_measured_by_phase(tmp_path):
     command = [sys.executable, "-m", "editrl.benchmarks.throughput.grpo", *TINY[:4]]
     command += ["--members", "2", "--inference_steps", "10", "--steps", "1"]
     command += ["--folder", str(tmp_path / "editor"), "--out", str(tmp_path / "grpo.json")]
-    for variant in ("baseline", "ours"):
+    names = ["baseline", "ours", "ours, FP8 base"]
+    for variant in names:
         done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True, env=EAGER)
         assert done.returncode == 0, done.stderr
     variants = json.loads((tmp_path / "grpo.json").read_text())["variants"]
-    assert list(variants) == ["baseline", "ours"]
+    assert list(variants) == names
     for figure in variants.values():
         assert figure["phases"].keys() == {f"seconds/{phase}" for phase in ("rollout", "decode", "reward", "train")}
         assert figure["seconds"] == pytest.approx(sum(figure["phases"].values()), abs=0.01)
@@ -90,12 +91,13 @@ def test_both_ways_of_scoring_give_the_same_scores(tmp_path):
 
 @pytest.mark.slow
 def test_steps_are_measured_beside_their_baseline(tmp_path):
-    command = [sys.executable, "-m", "editrl.benchmarks.throughput.steps", *TINY[:4], "--repeats", "1"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "steps.json")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "editrl.benchmarks.throughput.steps", *TINY[:4], "--repeats", "1", "--fp8"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "steps.json")], capture_output=True, text=True, env=EAGER)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "steps.json").read_text())["figures"]
-    for kind, count in (("rollout", 4), ("training", 3)):
+    for kind, count in (("rollout", 5), ("training", 4)):
         ratios = [figure["ratio"] for figure in figures.values() if figure["kind"] == kind]
         assert len(ratios) == count
         assert ratios[0] == 1
         assert all(ratio > 0 for ratio in ratios)
+    assert 0 < figures["rollout: FP8 base, compiled"]["velocity_error"] < 0.1
