@@ -123,6 +123,8 @@ def create_app(
         if lacking:
             raise HTTPException(400, f"reward '{service.name}' needs the column '{lacking[0]}'")
         async with turn:
+            if service.seconds_busy() >= timeout:  # it waited behind the one that hangs
+                raise _hangs(service)
             if await request.is_disconnected():
                 raise ClientDisconnect
             began = asyncio.get_running_loop().time()

@@ -142,11 +142,16 @@ def test_a_reward_that_raises_tells_the_client_a_line_and_the_log_the_rest(serve
 
 def test_a_reward_that_hangs_is_not_ready_until_it_comes_back(serve, reward_file):
     slow = serve(f"{reward_file}:steered", "--columns", "orders", "--timeout", 0.3)
-    first = httpx.post(f"{slow.url}/score", content=request(orders=[2.5]))
-    assert first.status_code == 503 and "'steered' has not come back" in first.json()["detail"]
+    with ThreadPoolExecutor() as clients:
+        first = clients.submit(httpx.post, f"{slow.url}/score", content=request(orders=[5.0]))
+        wait_until(slow, "in_flight", 1)
+        behind = [clients.submit(httpx.post, f"{slow.url}/score", content=request()) for _ in range(3)]
+        for answer in (first, *behind):
+            assert answer.result().status_code == 503
+            assert "'steered' has not come back" in answer.result().json()["detail"]
     began = time.monotonic()
     assert httpx.post(f"{slow.url}/score", content=request()).status_code == 503  # at once
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 2.0
     health = httpx.get(f"{slow.url}/health")
     assert health.status_code == 503 and health.json()["ready"] is False
     deadline = time.monotonic() + 30
