@@ -1,6 +1,7 @@
 """What tests of several rooms need."""
 
 import collections
+import functools
 import os
 import signal
 import subprocess
@@ -18,16 +19,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def run_program():
-    """(file, folder, seconds): run a test file as a program, `python FILE FOLDER`, for tests of several processes.
+    """(file, folder, seconds, *words): run a test file as a program, `python FILE FOLDER WORD...`, for tests of several
+    processes.
 
     Fails with the end of the program's output where it fails or takes longer.
     """
 
-    def run(file: str, folder: Path, seconds: float) -> None:
+    def run(file: str, folder: Path, seconds: float, *words: str) -> None:
         with open(folder / "log", "w") as log:
             # A session of its own, so that all of it can be killed.
             program = subprocess.Popen(
-                [sys.executable, file, str(folder)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                [sys.executable, file, str(folder), *words],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
                 program.wait(seconds)
@@ -38,3 +43,12 @@ def run_program():
             pytest.fail(f"the processes ended with {program.returncode}:\n{(folder / 'log').read_text()[-4000:]}")
 
     return run
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """`torch.compile` traces, decomposes and partitions as for Inductor and generates no code, which takes minutes."""
+    import torch
+
+    quick = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", quick)

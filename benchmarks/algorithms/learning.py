@@ -201,5 +201,9 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     return options
 
 
-if __name__ == "__main__":
+def main() -> None:
     run(parser().parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,7 @@
 """The learning benchmarks: their arithmetic on known answers, and one tiny run of each command."""
 
+import functools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,13 +9,6 @@ import torch
 from editrl.benchmarks.algorithms import signal, suite, summary
 
 TINY = ["--device", "cpu", "--groups", "2", "--members", "4", "--scenes", "8"]
-
-
-def run(module: str, *arguments) -> str:
-    command = [sys.executable, "-m", f"editrl.benchmarks.algorithms.{module}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_signal_and_noise_of_known_gradients():
@@ -84,32 +76,15 @@ def test_every_experiment_parses():
 
 
 @pytest.mark.slow
-def test_the_commands_run(tmp_path):
-    run(
-        "learning",
-        "--out",
-        tmp_path / "nft-seed0.json",
-        "--updates",
-        1,
-        "--eval_every",
-        1,
-        "--eval_scenes",
-        4,
-        *TINY,
-        "--set",
-        "loss_type=nft",
-    )
+def test_the_commands_run(tmp_path, benchmark, capsys):
+    run = functools.partial(benchmark, "algorithms")
+    once = ["--updates", 1, "--eval_every", 1, "--eval_scenes", 4, "--set", "loss_type=nft"]
+    run("learning", "--out", tmp_path / "nft-seed0.json", *once, *TINY)
     run("signal", "--out", tmp_path / "signal.json", "--blocks", 2, "--algorithms", "grpo", "nft", *TINY)
-    shown = run(
-        "summary",
-        tmp_path,
-        "--plot",
-        tmp_path / "learning.png",
-        "--signal_plot",
-        tmp_path / "signal.png",
-        "--report",
-        tmp_path / "report.html",
-    )
+    capsys.readouterr()
+    plots = ["--plot", tmp_path / "learning.png", "--signal_plot", tmp_path / "signal.png"]
+    run("summary", tmp_path, *plots, "--report", tmp_path / "report.html")
+    shown = capsys.readouterr().out
     assert "| nft | 1 | 1 | 8 |" in shown
     assert "| grpo |" in shown
     for name in ("learning.png", "signal.png"):

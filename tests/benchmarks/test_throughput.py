@@ -1,17 +1,22 @@
 """The throughput benchmarks run at toy size, so that they never rot."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from editrl.benchmarks.throughput.plot import bars, draw
 
-EAGER = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
-"""Compiling is what takes longest, and is tested where its result matters."""
+
+@pytest.fixture
+def eager():
+    """Compiling is what takes longest, and is tested where its result matters."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
 
 TINY = ["--size", "tiny", "--device", "cpu", "--dtype", "float32"]
 
@@ -33,14 +38,12 @@ def test_an_edit_is_measured_part_by_part(tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_grpo_steps_are_measured_by_phase(tmp_path):
-    command = [sys.executable, "-m", "editrl.benchmarks.throughput.grpo", *TINY[:4]]
-    command += ["--members", "2", "--inference_steps", "10", "--steps", "1"]
-    command += ["--folder", str(tmp_path / "editor"), "--out", str(tmp_path / "grpo.json")]
+def test_whole_grpo_steps_are_measured_by_phase(tmp_path, benchmark, eager):
+    words = ["--members", 2, "--inference_steps", 10, "--steps", 1]
+    words += ["--folder", tmp_path / "editor", "--out", tmp_path / "grpo.json"]
     names = ["baseline", "ours", "ours, FP8 base"]
     for variant in names:
-        done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True, env=EAGER)
-        assert done.returncode == 0, done.stderr
+        benchmark("throughput", "grpo", *TINY[:4], *words, "--variant", variant)
     variants = json.loads((tmp_path / "grpo.json").read_text())["variants"]
     assert list(variants) == names
     for figure in variants.values():
@@ -53,11 +56,8 @@ def test_whole_grpo_steps_are_measured_by_phase(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_kernels_of_a_step_add_up(tmp_path):
-    command = [sys.executable, "-m", "editrl.benchmarks.throughput.kernels", *TINY[:4]]
-    command += ["--out", str(tmp_path / "kernels.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=EAGER)
-    assert done.returncode == 0, done.stderr
+def test_the_kernels_of_a_step_add_up(tmp_path, benchmark, eager):
+    benchmark("throughput", "kernels", *TINY[:4], "--out", tmp_path / "kernels.json")
     steps = json.loads((tmp_path / "kernels.json").read_text())["steps"]
     assert len(steps) == 3
     for found in steps.values():
@@ -80,20 +80,16 @@ def test_the_kept_results_are_drawn(tmp_path):
 
 
 @pytest.mark.slow
-def test_both_ways_of_scoring_give_the_same_scores(tmp_path):
-    command = [sys.executable, "-m", "editrl.benchmarks.throughput.rewards", *TINY[:4], "--samples", "3"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "rewards.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_both_ways_of_scoring_give_the_same_scores(tmp_path, benchmark):
+    benchmark("throughput", "rewards", *TINY[:4], "--samples", 3, "--out", tmp_path / "rewards.json")
     result = json.loads((tmp_path / "rewards.json").read_text())
     assert result["figures"]["ours"]["seconds"] > 0
     assert all(difference < 2e-3 for difference in result["largest_difference"].values()), "grey levels are 4e-3"
 
 
 @pytest.mark.slow
-def test_steps_are_measured_beside_their_baseline(tmp_path):
-    command = [sys.executable, "-m", "editrl.benchmarks.throughput.steps", *TINY[:4], "--repeats", "1", "--fp8"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "steps.json")], capture_output=True, text=True, env=EAGER)
-    assert done.returncode == 0, done.stderr
+def test_steps_are_measured_beside_their_baseline(tmp_path, benchmark, eager):
+    benchmark("throughput", "steps", *TINY[:4], "--repeats", 1, "--fp8", "--out", tmp_path / "steps.json")
     figures = json.loads((tmp_path / "steps.json").read_text())["figures"]
     for kind, count in (("rollout", 5), ("training", 4)):
         ratios = [figure["ratio"] for figure in figures.values() if figure["kind"] == kind]

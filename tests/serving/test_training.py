@@ -118,7 +118,12 @@ def test_a_server_that_stays_away_costs_no_update(grpo, reward, serve, uninterru
 def test_an_interrupted_run_does_not_wait_for_its_server(grpo, reward, serve, tmp_path):
     dying = serve(f"{reward}:brightness", environment={"DIE_AT": "1"})
     words = grpo(tmp_path / "run", "remote", *remote(dying.url, 600))
-    run = subprocess.Popen([sys.executable, "-P", "-m", "editrl", *words], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-P", "-m", "editrl", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in a shell's background ignores it
+    )
     assert any("it is asked again and again" in line for line in run.stderr)
     run.send_signal(signal.SIGINT)
     run.communicate(timeout=60)  # not `outage_limit`

@@ -167,8 +167,7 @@ def test_an_unknown_attention_backend_is_an_error(transformer):
         prepare_transformer(transformer(), attention_backend="fastest")
 
 
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_gradient(transformer, inputs):
+def test_compiled_blocks_give_the_same_gradient(transformer, inputs, quick_compiler):
     plain = transformer()
     velocity, expected, _ = gradients(plain, inputs())
     model = copy.deepcopy(plain)

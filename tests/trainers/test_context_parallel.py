@@ -6,7 +6,6 @@ cases of `CASES` in 1, 2 and 4 processes, which share clips in pairs, and saves 
 
 import copy
 import os
-import socket
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor
 
 from editrl.data import EditDataset
 from editrl.doctor import diagnose
@@ -208,35 +207,26 @@ CASES = {
 }
 
 
-def do_cases(rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        process = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {name: str(value) for name, value in (process | {"MASTER_PORT": port}).items()}
+def do_cases(folder: Path) -> None:
     found = {}
     # diffusers divides the rank by the number of GPUs, to note a device that nothing here uses.
     with mock.patch("torch.accelerator.device_count", lambda: 1):
-        for case in CASES[world]:
-            output = folder / f"output {len(found)} of {world}"
+        for case in CASES[world()]:
+            output = folder / f"output {len(found)} of {world()}"
             if case in TRAINED:
                 make, settings = TRAINED[case]
                 found[case] = trained(make, output, **settings)
             else:
                 found[case.__name__] = case(output)
-    torch.save(found, folder / f"{rank} of {world}.pt")
-    if world > 1:
-        distributed.destroy_process_group()
+    torch.save(found, folder / f"{os.environ.get('RANK', 0)} of {world()}.pt")
 
 
 def main(folder: Path) -> None:
-    editor()
-    # Forked, the processes need not import and load everything again.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    for world in CASES:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        multiprocessing.start_processes(do_cases, (world, port, folder), nprocs=world, start_method=method)
+    import forked  # beside this file, which is a program here
+
+    editor()  # which they then need not load
+    for processes in CASES:
+        forked.run(do_cases, processes, folder)
 
 
 # -- the tests ---------------------------------------------------------------------------------------------------------

@@ -3,15 +3,20 @@
 import gc
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from editrl.data import EditDataset
 from editrl.errors import EditrlError
-from editrl.trainers import one_pass
+from editrl.policies.hunyuan_video.policy import HunyuanVideoPolicy
+from editrl.recipes.shapes import WEIGHTS
+from editrl.recipes.shapes.dataset import rows
+from editrl.recipes.shapes.world import sample_scenes
+from editrl.trainers import FlowGRPOConfig, FlowGRPOTrainer, one_pass
 
 ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "max_steps": 3}
 
@@ -62,7 +67,7 @@ def test_the_gradients_of_a_rollout_are_gone_before_the_next(grpo, monkeypatch):
 
 
 @pytest.mark.slow
-def test_with_everything_else_that_is_fast(grpo, updates, fresh_policy):
+def test_with_everything_else_that_is_fast(grpo, updates, quick_compiler):
     """Against the same without compiling and without one_pass."""
     fast = {"compile_blocks": True, "activation_memory": "1", "merge_adapter": True, "one_pass": True}
     runs = [grpo([brightness], **ONE | changes | {"max_steps": 2}) for changes in ({}, fast)]
@@ -92,35 +97,36 @@ def test_what_it_cannot_do_is_refused(grpo, changes, message):
         grpo([brightness], one_pass=True, **ONE | changes)
 
 
+# -- two processes, of this file as a program --------------------------------------------------------------------------
+
+
+KINDS = ["ddp", "zero2"]
+TIMEOUT = 300  # seconds after which they are killed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, run_program) -> Path:
+    folder = tmp_path_factory.mktemp("one-pass")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        run_program(__file__, folder, TIMEOUT)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "zero2"])
-def test_in_two_processes_it_trains_what_one_trains_that_replays(kind, tmp_path):
-    for processes in (1, 2):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [__file__, kind, str(tmp_path / str(processes))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / str(count) / "logs.json").read_text()) for count in (1, 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_two_processes_it_trains_what_one_trains_that_replays(kind, folder):
+    one, two = (json.loads((folder / f"{kind}-{processes}" / "logs.json").read_text()) for processes in (1, 2))
     for expected, found in zip(one, two, strict=True):
         for name in ("grad_norm", "reward"):
             assert found[name] == pytest.approx(expected[name], rel=1e-3), name
 
 
-def program(kind: str, folder: str) -> None:
+def train(folder: Path, kind: str) -> None:
     """Two updates of 8 clips over all processes."""
-    from peft import LoraConfig
-
-    import editrl
-    from editrl.recipes.shapes import WEIGHTS
-    from editrl.recipes.shapes.dataset import rows
-    from editrl.recipes.shapes.world import sample_scenes
-    from editrl.trainers import FlowGRPOConfig, FlowGRPOTrainer
-
-    policy = editrl.load_policy("hunyuan_video", str(WEIGHTS / "sft"))
-    processes = int(os.environ["WORLD_SIZE"])
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     args = FlowGRPOConfig(
-        folder,
+        str(folder / f"{kind}-{processes}"),
         **{"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "shift": 3.0, "seed": 7},
         use_cpu=kind == "ddp",
         **{"max_steps": 2, "learning_rate": 1e-3, "num_generations": 4, "generation_batch_size": 8},
@@ -129,19 +135,26 @@ def program(kind: str, folder: str) -> None:
         **{"num_inference_steps": 4, "sde_window_size": 2, "sde_window_range": [0, 3]},
         deepspeed=kind if kind.startswith("zero") else None,
     )
+    policy = HunyuanVideoPolicy.from_pretrained(str(WEIGHTS / "sft"))
     torch.manual_seed(0)  # of which a fresh LoRA is drawn
     lora = LoraConfig(r=4, target_modules=["to_q", "to_k"])
-    trainer = FlowGRPOTrainer(
-        policy, [brightness], args, editrl.EditDataset(rows(sample_scenes(8, seed=0))), peft_config=lora
-    )
+    trainer = FlowGRPOTrainer(policy, [brightness], args, EditDataset(rows(sample_scenes(8, seed=0))), peft_config=lora)
     trainer.train()
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        (Path(folder) / "logs.json").write_text(json.dumps(logs))
+        Path(args.output_dir, "logs.json").write_text(json.dumps(logs))
+
+
+def main(folder: Path) -> None:
+    import deepspeed  # noqa: F401, which the processes then need not import
+    import forked  # beside this file
+    import test_zero
+
+    test_zero.let_processes_meet()
+    for kind in KINDS:
+        for processes in (1, 2):
+            forked.run(train, processes, folder, kind)
 
 
 if __name__ == "__main__":
-    from test_zero import let_processes_meet  # beside this file
-
-    let_processes_meet()
-    program(*sys.argv[1:])
+    main(Path(sys.argv[1]))

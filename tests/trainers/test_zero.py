@@ -1,7 +1,7 @@
 """ZeRO-2 and ZeRO-3 on two processes compute what one process does, and their runs go on after anything.
 
-Under pytest this file starts itself as a program (`python test_zero.py PROGRAM FOLDER`), by torchrun where that has two
-processes: each program makes several runs and leaves what the tests compare in FOLDER.
+Under pytest this file starts itself as a program (`python test_zero.py FOLDER PART...`): each part is one process or
+two, which make several runs and leave what the tests compare in FOLDER.
 """
 
 import contextlib
@@ -32,6 +32,8 @@ from editrl.trainers.base import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
+TIMEOUT = 500  # seconds after which the processes are killed
+
 SHARED = {
     "report_to": "none",
     "disable_tqdm": True,
@@ -40,7 +42,7 @@ SHARED = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant_with_warmup",  # so that a shorter run is the beginning of a longer one
     "warmup_steps": 3,
-    "max_steps": 6,
+    "max_steps": 4,
     "save_strategy": "steps",
     "save_steps": 2,
 }
@@ -58,7 +60,7 @@ GRPO = SHARED | {
     "watchdog": "off",
 }
 # Norms and biases have no weight decay, so that the optimizer has two groups of parameters.
-SFT = SHARED | {"learning_rate": 1e-5, "weight_decay": 50.0, "max_steps": 4}
+SFT = SHARED | {"learning_rate": 1e-5, "weight_decay": 50.0}
 
 
 def brightness(videos, **kwargs):
@@ -95,13 +97,20 @@ class Kill(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if args.process_index == 1 and state.global_step + 1 == 4:
+            Path(args.output_dir, "killed_at").write_text(str(time.monotonic()))  # a clock that processes share
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# -- what the programs do ----------------------------------------------------------------------------------------------
+# -- what the processes do ---------------------------------------------------------------------------------------------
 
 
-def program_alone(folder: Path) -> None:
+def plain(folder: Path) -> None:
+    """One process without DeepSpeed."""
+    finish(make(folder / "plain", None))
+    finish(make(folder / "plain-sft", None, "sft"))
+
+
+def alone(folder: Path) -> None:
     """One process without a launcher."""
     for stage in (2, 3):
         finish(make(folder / f"alone-zero{stage}", f"zero{stage}", max_steps=2))
@@ -109,24 +118,24 @@ def program_alone(folder: Path) -> None:
     finish(make(folder / "alone-sft", "zero3", "sft", max_steps=2))
 
 
-def program_pair(folder: Path) -> None:
+def pair(folder: Path) -> None:
     """Two processes: whole runs, resumed runs, and those that one process began.
 
     Those of ZeRO-3 come last: it replaces torch's `linear` for the rest of the process, which rounds another way.
     """
     finish(make(folder / "pair-zero2", "zero2"))
-    finish(make(folder / "resumed-zero2", "zero2"), folder / "pair-zero2" / "checkpoint-4")
-    finish(make(folder / "grown-zero2", "zero2", max_steps=4), alone(folder, "zero2"))
+    finish(make(folder / "resumed-zero2", "zero2"), folder / "pair-zero2" / "checkpoint-2")
+    finish(make(folder / "grown-zero2", "zero2"), begun_alone(folder, "zero2"))
     finish(make(folder / "pair-zero1", "zero1", max_steps=2))
     finish(make(folder / "pair-zero3", sharded()))
     finish(
         make(folder / "resumed-zero3", sharded(), callbacks=[FailAmongWeights()]), folder / "pair-zero3/checkpoint-2"
     )
-    finish(make(folder / "grown-zero3", sharded(), max_steps=4), alone(folder, "zero3"))
+    finish(make(folder / "grown-zero3", sharded()), begun_alone(folder, "zero3"))
     finish(make(folder / "each-forward", sharded(), ds3_gather_for_rollout=False, max_steps=2))
     finish(make(folder / "pair-sft", sharded(), "sft"))
     finish(make(folder / "resumed-sft", sharded(), "sft"), folder / "pair-sft" / "checkpoint-2")
-    finish(make(folder / "grown-sft", sharded(), "sft"), alone(folder, "sft"))
+    finish(make(folder / "grown-sft", sharded(), "sft"), begun_alone(folder, "sft"))
     finish(make(folder / "pair-zero3_offload", sharded("zero3_offload"), max_steps=2))
     changes = {"loss_type": "nft", "max_steps": 2, "beta": 0.0, "save_strategy": "no", "eval_strategy": "no"}
     finish(make(folder / "nft-gathered", sharded(), **changes))
@@ -141,7 +150,7 @@ def sharded(name: str = "zero3") -> dict:
     return config
 
 
-def alone(folder: Path, name: str) -> str:
+def begun_alone(folder: Path, name: str) -> str:
     """A copy of what one process left: a conversion writes into it."""
     return shutil.copytree(folder / f"alone-{name}" / "checkpoint-2", folder / f"start-{name}", dirs_exist_ok=True)
 
@@ -184,7 +193,7 @@ def inspect(folder: Path) -> None:
         (folder / "seen.json").write_text(json.dumps(seen))
 
 
-def program_shrunk(folder: Path) -> None:
+def shrunk(folder: Path) -> None:
     """One process goes on with what two began, or may not."""
     refusals = {}
     for name, deepspeed, checkpoint in (
@@ -200,37 +209,64 @@ def program_shrunk(folder: Path) -> None:
     (folder / "refusals.json").write_text(json.dumps(refusals))
     for stage in (2, 3):
         begun = folder / f"pair-zero{stage}" / "checkpoint-2"
-        finish(make(folder / f"shrunk-zero{stage}", f"zero{stage}", max_steps=4), begun)
+        finish(make(folder / f"shrunk-zero{stage}", f"zero{stage}"), begun)
     finish(make(folder / "shrunk-sft", "zero3", "sft"), folder / "pair-sft" / "checkpoint-2")
 
 
-def program_killed(folder: Path) -> None:
+def killed(folder: Path) -> None:
     finish(make(folder / "killed", sharded(), callbacks=[Kill()]))
 
 
-def program_revived(folder: Path) -> None:
+def revived(folder: Path) -> None:
     finish(make(folder / "killed", sharded()), True)
 
 
-# -- starting them -----------------------------------------------------------------------------------------------------
+def let_processes_meet() -> None:
+    """accelerate has no process group for DeepSpeed where there is no accelerator: give it gloo."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    prepare = PartialState._prepare_backend
+
+    def with_gloo(self, *args, **kwargs):
+        if "LOCAL_RANK" in os.environ:
+            return "gloo", DistributedType.MULTI_CPU
+        return prepare(self, *args, **kwargs)
+
+    PartialState._prepare_backend = with_gloo
 
 
-def start(program: str, folder: Path, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [*(launcher if processes > 1 else []), __file__, program, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
+PARTS = {plain: 1, alone: 1, pair: 2, shrunk: 1, revived: 2}
+
+
+def main(folder: Path, *parts: str) -> None:
+    let_processes_meet()
+    if "LOCAL_RANK" in os.environ:  # one of a launcher's processes
+        return killed(folder)
+    import deepspeed  # noqa: F401, which the processes then need not import
+    import forked  # beside this file
+
+    for part, processes in PARTS.items():
+        if part.__name__ in parts:
+            forked.run(part, processes, folder)
+
+
+# -- the tests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """Also where there is a GPU."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        yield
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """The folder of all runs, after every program."""
+def runs(tmp_path_factory, run_program) -> Path:
+    """The folder of all runs."""
     folder = tmp_path_factory.mktemp("zero")
-    finish(make(folder / "plain", None))
-    finish(make(folder / "plain-sft", None, "sft"))
-    for program, processes in (("alone", 1), ("pair", 2), ("shrunk", 1)):
-        done = start(program, folder, processes)
-        assert done.returncode == 0, done.stderr
+    run_program(__file__, folder, TIMEOUT, "plain", "alone", "pair", "shrunk")
     return folder
 
 
@@ -268,9 +304,6 @@ def assert_close(one: Path, other: Path) -> None:
         torch.testing.assert_close(weights(one)[name], value, rtol=1e-4, atol=2e-4, msg=lambda text, n=name: n + text)
 
 
-# -- the promises ------------------------------------------------------------------------------------------------------
-
-
 PAIRS = ["pair-zero1", "pair-zero2", "pair-zero3", "pair-zero3_offload"]
 
 
@@ -294,7 +327,7 @@ def test_the_adapter_of_the_last_checkpoint_is_the_exported_one(runs, stage):
     folder = runs / f"pair-zero{stage}"
     assert weights(folder).keys() == weights(runs / "plain").keys()
     for name, value in weights(folder).items():
-        assert torch.equal(value, weights(folder / "checkpoint-6")[name])
+        assert torch.equal(value, weights(folder / "checkpoint-4")[name])
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "sft"])  # zero3 after errors among gathered weights
@@ -346,35 +379,20 @@ def test_a_checkpoint_that_would_lose_its_optimizer_is_refused(runs):
     assert "holds no state of DeepSpeed's optimizer" in refusals["saved without deepspeed"]
 
 
-def test_a_killed_process_ends_the_run_which_then_resumes(runs, tmp_path):
-    began = time.monotonic()
-    killed = start("killed", tmp_path, 2)
-    assert killed.returncode != 0
-    assert "SIGKILL" in killed.stderr
-    assert time.monotonic() - began < 60
+def test_a_killed_process_ends_the_run_which_then_resumes(runs, run_program, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, __file__, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    seconds = time.monotonic() - float((tmp_path / "killed" / "killed_at").read_text())
+    assert ended.returncode != 0
+    assert "SIGKILL" in ended.stderr
+    assert seconds < 60
     assert newest_checkpoint(tmp_path / "killed").endswith("checkpoint-2")
     shutil.copytree(tmp_path / "killed" / "checkpoint-2", tmp_path / "killed" / "checkpoint-4")
     (tmp_path / "killed" / "checkpoint-4" / "complete").unlink()  # cut off while it was written
-    revived = start("revived", tmp_path, 2)
-    assert revived.returncode == 0, revived.stderr
+    run_program(__file__, tmp_path, TIMEOUT, "revived")
     assert_identical(tmp_path / "killed", runs / "pair-zero3")
 
 
-def let_processes_meet() -> None:
-    """accelerate has no process group for DeepSpeed where there is no accelerator: give it gloo."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    prepare = PartialState._prepare_backend
-
-    def with_gloo(self, *args, **kwargs):
-        if "LOCAL_RANK" in os.environ:
-            return "gloo", DistributedType.MULTI_CPU
-        return prepare(self, *args, **kwargs)
-
-    PartialState._prepare_backend = with_gloo
-
-
 if __name__ == "__main__":
-    let_processes_meet()
-    globals()[f"program_{sys.argv[1]}"](Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

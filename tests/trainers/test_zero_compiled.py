@@ -1,13 +1,13 @@
 """compile_blocks and merge_adapter under ZeRO-3, on two processes: the same training, compiled where weights stay.
 
-Under pytest this file starts itself as a program (by torchrun, `test_zero_compiled.py FOLDER`), which makes several
-runs and leaves what the tests compare in FOLDER. Blocks are compiled to ATen operations: a C++ compiler takes minutes.
+Under pytest this file starts itself as a program (`python test_zero_compiled.py FOLDER`), whose two processes make
+several runs and leave what the tests compare in FOLDER. Blocks are compiled to ATen operations: a C++ compiler takes
+minutes.
 """
 
 import copy
 import logging
 import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,11 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import TrainerCallback
 
+from editrl.policies.hunyuan_video.policy import HunyuanVideoPolicy
+
 pytestmark = pytest.mark.slow
+
+TIMEOUT = 300  # seconds after which the processes are killed
 
 FAST = {"compile_blocks": True, "merge_adapter": True}
 # Steps: shared by the group, stochastic, stochastic, of each clip.
@@ -150,12 +154,8 @@ def deeper(load):
     return loaded
 
 
-def main(folder: Path) -> None:
-    import test_zero
-
-    from editrl.policies.hunyuan_video.policy import HunyuanVideoPolicy
-
-    test_zero.let_processes_meet()
+def train(folder: Path) -> None:
+    """The runs of a process."""
     found, lines = {}, []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -179,17 +179,24 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
 
 
+def main(folder: Path) -> None:
+    import deepspeed  # noqa: F401, which the processes then need not import
+    import forked  # beside this file, which is a program here
+    import test_zero
+
+    test_zero.let_processes_meet()
+    forked.run(train, 2, folder)
+
+
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, run_program) -> Path:
     folder = tmp_path_factory.mktemp("zero-compiled")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    words = [sys.executable, *launcher, __file__, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        run_program(__file__, folder, TIMEOUT)
     return folder
 
 
