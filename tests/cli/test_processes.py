@@ -87,7 +87,7 @@ def spy(tmp_path):
     file = tmp_path / "spy.py"
     file.write_text(
         "import os, pathlib, signal, time\n"
-        "from editrl import EditrlError\n"
+        "from editrl.errors import OutageError\n"
         f"FOLDER = pathlib.Path({str(tmp_path)!r})\n"
         "def seen(videos, **kwargs):\n"
         "    rank, of = os.environ.get('RANK', '0'), os.environ.get('WORLD_SIZE', '1')\n"
@@ -104,6 +104,13 @@ def spy(tmp_path):
 def words(small_grpo, spy, tmp_path):
     batch = ["--per_device_train_batch_size", "4", "--max_steps", "1", "--use_cpu", "true"]
     return small_grpo(tmp_path / "run", *batch, reward=spy)
+
+
+@pytest.fixture
+def scoring(shapes_manifest, spy, tmp_path):
+    """A command that starts sooner than a training."""
+    words = ["--rewards", spy, "--video_column", "target", "--device", "cpu"]
+    return ["score", shapes_manifest, "-o", tmp_path / "scores.jsonl", *words]
 
 
 def run(command) -> subprocess.CompletedProcess:
@@ -147,10 +154,10 @@ def test_accelerate_launch_works_too(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_all_processes_is_printed_once_with_its_exit_code(words):
-    done = run([*EDITRL, *words, *TWO, "--beta", "-1"])
+def test_an_error_of_all_processes_is_printed_once_with_its_exit_code(scoring):
+    done = run([*EDITRL, *scoring, *TWO, "--reward_kwargs", "{unseen: {}}"])
     assert done.returncode == 2
-    assert done.stderr.count("beta must be at least 0, got -1") == 1
+    assert done.stderr.count("unseen") == 1
     assert "Traceback" not in done.stderr
 
 
@@ -158,14 +165,14 @@ def test_an_error_of_all_processes_is_printed_once_with_its_exit_code(words):
 @pytest.mark.parametrize(
     ("then", "code", "message"),
     [
-        ("raise EditrlError('of the second process')", 2, "of the second process"),
+        ("raise OutageError('of the second process')", 2, "of the second process"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL, "process 1 ended by signal 9"),
     ],
     ids=["error", "killed"],
 )
-def test_a_failure_of_one_process_ends_all_and_is_told(then, code, message, words, tmp_path):
+def test_a_failure_of_one_process_ends_all_and_is_told(then, code, message, scoring, tmp_path):
     (tmp_path / "then").write_text(then)
-    done = run([*EDITRL, *words, *TWO])
+    done = run([*EDITRL, *scoring, *TWO])
     assert time.time() - (tmp_path / "rank-1-of-2").stat().st_mtime < 60
     assert done.returncode == code, done.stderr
     assert done.stderr.count(f"{message}") == 1
@@ -176,10 +183,10 @@ def test_a_failure_of_one_process_ends_all_and_is_told(then, code, message, word
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_all_processes(sent, code, words, tmp_path):
+def test_a_signal_ends_all_processes(sent, code, scoring, tmp_path):
     (tmp_path / "then").write_text("time.sleep(600)")
     process = subprocess.Popen(
-        list(map(str, [*EDITRL, *words, *TWO])), env=environment(), stderr=subprocess.PIPE, text=True
+        list(map(str, [*EDITRL, *scoring, *TWO])), env=environment(), stderr=subprocess.PIPE, text=True
     )
     second = tmp_path / "rank-1-of-2"
     while not (second.exists() and second.read_text()):

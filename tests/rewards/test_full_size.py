@@ -64,11 +64,11 @@ def clip_h(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def clips() -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Two edited clips of two frames, and their source, in grey levels and the model's size: nothing is resized."""
+    """Two edited clips of a frame, and their source, in grey levels and the model's size: nothing is resized."""
     generator = torch.Generator().manual_seed(1)
 
     def draw() -> torch.Tensor:
-        coarse = torch.rand(2, 3, 7, 7, generator=generator)
+        coarse = torch.rand(1, 3, 7, 7, generator=generator)
         return (torch.nn.functional.interpolate(coarse, (224, 224), mode="bicubic").clamp(0, 1) * 255).round() / 255
 
     return [draw(), draw()], draw()

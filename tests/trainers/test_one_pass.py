@@ -146,7 +146,6 @@ def train(folder: Path, kind: str) -> None:
 
 
 def main(folder: Path) -> None:
-    import deepspeed  # noqa: F401, which the processes then need not import
     import forked  # beside this file
     import test_zero
 

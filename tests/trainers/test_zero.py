@@ -223,8 +223,11 @@ def revived(folder: Path) -> None:
 
 def let_processes_meet() -> None:
     """accelerate has no process group for DeepSpeed where there is no accelerator: give it gloo."""
+    import deepspeed
     from accelerate import PartialState
     from accelerate.utils import DistributedType
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # nothing here calls it; a minute to compile
 
     prepare = PartialState._prepare_backend
 
@@ -243,7 +246,6 @@ def main(folder: Path, *parts: str) -> None:
     let_processes_meet()
     if "LOCAL_RANK" in os.environ:  # one of a launcher's processes
         return killed(folder)
-    import deepspeed  # noqa: F401, which the processes then need not import
     import forked  # beside this file
 
     for part, processes in PARTS.items():

@@ -180,7 +180,6 @@ def train(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    import deepspeed  # noqa: F401, which the processes then need not import
     import forked  # beside this file, which is a program here
     import test_zero
 
