@@ -22,9 +22,12 @@ def run(function: Callable, processes: int, *arguments) -> None:
 
 def _call(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    if processes > 1:
-        process = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {name: str(value) for name, value in (process | {"MASTER_PORT": port}).items()}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        os.environ.pop(name, None)
+        if processes > 1:
+            os.environ[name] = str(value)
     function(*arguments)
     if distributed.is_initialized():
         distributed.destroy_process_group()

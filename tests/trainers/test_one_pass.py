@@ -107,9 +107,7 @@ TIMEOUT = 300  # seconds after which they are killed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, run_program) -> Path:
     folder = tmp_path_factory.mktemp("one-pass")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("DS_ACCELERATOR", "cpu")
-        run_program(__file__, folder, TIMEOUT)
+    run_program(__file__, folder, TIMEOUT)
     return folder
 
 

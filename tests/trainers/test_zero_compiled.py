@@ -193,9 +193,7 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, run_program) -> Path:
     folder = tmp_path_factory.mktemp("zero-compiled")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("DS_ACCELERATOR", "cpu")
-        run_program(__file__, folder, TIMEOUT)
+    run_program(__file__, folder, TIMEOUT)
     return folder
 
 
