@@ -1,5 +1,7 @@
 """The switches for speed and memory, through whole runs: what is trained stays what it was."""
 
+import copy
+
 import pytest
 import torch
 
@@ -158,10 +160,22 @@ def test_fp8_base_without_lora_is_refused(grpo):
         grpo([brightness], peft=None, merge_adapter=True)
 
 
-def test_a_compiled_decoder_decodes_what_an_eager_one_does(grpo, fresh_policy, quick_compiler):
+@pytest.fixture
+def policy_with_vae(fresh_policy):
+    """() -> a policy whose VAE is its own as well: a compiled one stays compiled."""
+
+    def make() -> HunyuanVideoPolicy:
+        policy = fresh_policy()
+        policy.vae = copy.deepcopy(policy.vae)
+        return policy
+
+    return make
+
+
+def test_a_compiled_decoder_decodes_what_an_eager_one_does(grpo, policy_with_vae, quick_compiler):
     seen = []
     for compiled in (False, True):
-        policy = fresh_policy()
+        policy = policy_with_vae()
         reward = lambda videos, **kwargs: seen.append(torch.stack(videos)) or brightness(videos)  # noqa: E731
         grpo([reward], policy=policy, compile_vae=compiled, max_steps=1).train()
         assert (policy.vae.decoder._compiled_call_impl is not None) == compiled
@@ -175,10 +189,10 @@ def test_a_vae_without_the_part_is_told(grpo, fresh_policy):
         grpo([brightness], policy=policy, compile_vae=True)
 
 
-def test_a_compiled_encoder_encodes_what_an_eager_one_does(sft, fresh_policy, updates, quick_compiler):
+def test_a_compiled_encoder_encodes_what_an_eager_one_does(sft, policy_with_vae, updates, quick_compiler):
     losses = []
     for compiled in (False, True):
-        policy = fresh_policy()
+        policy = policy_with_vae()
         trainer = sft(policy=policy, compile_vae=compiled, max_steps=1)
         trainer.train()
         assert (policy.vae.encoder._compiled_call_impl is not None) == compiled
