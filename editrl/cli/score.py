@@ -79,7 +79,10 @@ def score(options: argparse.Namespace) -> int:
     rewards = RewardSet(specs, kwargs=kwargs)
     if rewards.groupwise:
         name = rewards.groupwise[0]
-        raise EditrlError(f"reward '{name}' compares the clips of a group, and a manifest has no groups")
+        raise EditrlError(
+            f"--rewards: '{name}' compares the clips of a group, and a manifest has no groups; leave it out (it scores "
+            "in training only)"
+        )
     dataset = EditDataset.from_manifest(options.manifest, frame_multiple=1, size_multiple=1)
     file = ScoreFile(options.output, processes.rank)
     known = file.read(rewards.names, set(dataset.ids), overwrite=options.overwrite)
